@@ -1,0 +1,134 @@
+"""What there is: listings, inspection of networks, import and verification of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcli import checkpoint, presets
+from kdcli.errors import InputError, KdError, UsageError, nearest
+from kdcli.output import envelope, printable, table
+
+_LISTS = ("methods", "models", "datasets", "presets")
+
+
+def listing(what: str) -> tuple[dict[str, Any], str]:
+    """`kd list`: names with a line each, as a document and as text. Imports no torch.
+
+    Raises:
+        UsageError: there is no such list.
+    """
+    if what not in _LISTS:
+        raise UsageError(f"nothing called {what!r} to list", field="list", hint=nearest(what, _LISTS))
+    if what == "methods":
+        from kdcli import methods
+
+        entries = sorted(methods.known().items())
+    elif what == "models":
+        from kdcli.models import names
+
+        entries = [(name, names.describe(name)) for name in names.known()]
+    elif what == "datasets":
+        from kdcli.data import names as data_names
+
+        entries = [(name, data_names.describe(name)) for name in data_names.known()]
+    else:
+        entries = [(name, str(presets.about(name).get("title", ""))) for name in presets.names()]
+    rows = [{"name": name, "about": about} for name, about in entries]
+    return envelope("list", **{what: rows}), table(entries, (what, "about"))
+
+
+def inspection(model: str, input_size: int, classes: int, taps: str | None) -> tuple[dict[str, Any], str]:
+    """`kd inspect`: stage shapes, parameters and multiply-accumulates of a network by name or checkpoint."""
+    from kdcli.models import build
+    from kdcli.models.network import macs, parameters_of, stage_shapes
+    from kdcli.networks import load_network
+
+    path = Path(model)
+    if path.exists():
+        network = load_network(path).backbone
+    else:
+        wanted = None if taps is None else tuple(word.strip() for word in taps.split(","))
+        network = build(model, classes, input_size, taps=wanted)
+    shapes = stage_shapes(network, input_size)
+    document = envelope(
+        "inspect",
+        model=network.arch,
+        input_size=input_size,
+        outputs=network.outputs,
+        kind=network.kind,
+        stages=[{"name": f"F{i}", "shape": list(shape)} for i, shape in enumerate(shapes)],
+        pooled=network.pooled_dim,
+        head_taps=[f"F{i}" for i in network.head_taps],
+        params=parameters_of(network),
+        macs=macs(network, input_size),
+    )
+    rows = [[f"F{i}" + (" (stem)" if i == 0 else ""), "x".join(map(str, shape))] for i, shape in enumerate(shapes)]
+    rows += [["pooled", str(network.pooled_dim)], ["logits", str(network.outputs)]]
+    text = (
+        f"{network.arch} at {input_size}x{input_size}: {document['params']:,} parameters, "
+        f"{document['macs']:,} multiply-accumulates\n" + table(rows, ("features", "CxHxW"))
+    )
+    return document, text
+
+
+def imported(
+    source: Path, arch: str, out: Path, dataset: str | None, data_dir: str | None, part: str
+) -> tuple[dict[str, Any], str]:
+    """`kd import`: a foreign checkpoint as one of ours; class names and normalisation from the data set, if named."""
+    from kdcli.importing import import_checkpoint
+
+    classes, normalization, image_size, name = None, None, 32, None
+    if dataset is not None:
+        from kdcli import data
+
+        images = data.load(dataset, data_dir)
+        classes, image_size, name = images.classes, images.image_size, images.name
+        normalization = {"mean": list(images.mean), "std": list(images.std)}
+    if part not in ("student", "teacher"):
+        raise UsageError(f"no part called {part!r}", field="--part", hint="student or teacher")
+    result = import_checkpoint(
+        source,
+        arch=arch,
+        out=out,
+        classes=classes,
+        dataset=name,
+        normalization=normalization,
+        image_size=image_size,
+        part=part,
+    )
+    document = envelope("import", checkpoint=str(out), **result)
+    lines = [f"{out}: {arch}, {result['outputs']} outputs, {result['tensors']} tensors, digest {result['digest']}"]
+    return document, "\n".join([*lines, *result["notices"]])
+
+
+def verified(paths: list[Path]) -> tuple[dict[str, Any], str, KdError | None]:
+    """`kd verify`: every byte of every file; the first failure as an error to leave with. Imports no torch."""
+    results: list[dict[str, Any]] = []
+    error: KdError | None = None
+    for path in paths:
+        try:
+            for file in _checkpoints(path):
+                results.append(checkpoint.verify(file))
+        except KdError as problem:
+            results.append({"path": str(path), "ok": False, "error": problem.line()})
+            error = error or problem
+    lines = [
+        f"ok       {printable(str(r['path']))}  {r['role']}, {r['tensors']} tensors"
+        if r["ok"]
+        else f"damaged  {printable(str(r['path']))}  {r['error']}"
+        for r in results
+    ]
+    document = envelope("verify", files=results)
+    document["ok"] = error is None
+    return document, "\n".join(lines), error
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """A file is itself; of a run directory every checkpoint in it, resume states too."""
+    if not path.is_dir():
+        return [path]
+    found = sorted([*path.glob("*.safetensors"), *path.glob("state/*.safetensors")])
+    if not found:
+        raise InputError(f"{path} holds no checkpoint")
+    return found

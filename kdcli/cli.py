@@ -1,0 +1,372 @@
+"""The command line: thin commands that parse, and hand a validated spec to the module that does the work.
+
+Nothing here imports torch; the work's modules are imported when work starts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli import __version__, flags, output, presets
+from kdcli.errors import ThresholdError, UsageError
+from kdcli.flags import Request
+from kdcli.specs import RunSpec, field_paths
+
+app = typer.Typer(
+    name="kd",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help=(
+        "Distil small image classifiers from large ones, and compare distillation methods honestly.\n\n"
+        "Settings: defaults < the data set's recipe < --preset < flags < --set KEY=VALUE. The answer goes to stdout "
+        "(--json: one JSON document), progress to stderr. --verbose, anywhere, shows the traceback of a bug."
+    ),
+)
+
+_PROBE = [leaf for leaf, path in field_paths().items() if path.startswith("probe.")]
+_STUDENT_ONLY = ["student", "student_taps", "teacher_lr", "ratio", "baseline"]
+_NETWORKS = ["method", "teacher", "student", "teacher_taps", "student_taps", "pretrained", "teacher_lr"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only errors.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        output.answer(f"kd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = None,
+) -> None: ...
+
+
+def _spec(command: str, request: Request) -> RunSpec:
+    """The resolved spec of a training command: checked, every default filled in."""
+    spec = presets.resolve(command, request)
+    from kdcli import methods
+
+    return methods.resolve(spec)
+
+
+def _launched(spec: RunSpec) -> bool:
+    """Whether `--nproc` handed the work to ranks of its own (and this process only waited for them)."""
+    if spec.system.nproc == 1 or "RANK" in os.environ:
+        return False
+    from kdcli.engine.launch import launch
+
+    launch(spec.system.nproc)
+    return True
+
+
+def _story(request: Request) -> output.Story:
+    rank = int(os.environ.get("RANK", "0"))
+    return output.Story(quiet=request.quiet or rank > 0)
+
+
+def _answer(document: dict[str, Any], text: str, as_json: bool) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        output.answer(output.document(document) if as_json else text)
+
+
+def _preview(spec: RunSpec, request: Request) -> None:
+    from kdcli.preview import preview
+
+    document, text = preview(spec)
+    _answer(document, text, request.json)
+
+
+def _seeds(text: str | None, spec: RunSpec) -> list[int]:
+    """`0..4` or `0,1,2` → the seeds; without it the spec's own."""
+    if text is None:
+        return [spec.seed]
+    try:
+        if ".." in text:
+            low, high = text.split("..")
+            seeds = list(range(int(low), int(high) + 1))
+        else:
+            seeds = [int(word) for word in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise UsageError(f"{text!r} is no list of seeds", field="--seeds", hint="for example 0..4 or 0,1,2")
+    return seeds
+
+
+def _pretrain_teacher(
+    request: Request,
+) -> None:
+    """Train the teacher that a method needs.
+
+    kd pretrain-teacher --teacher wrn40_2 --method vsd --data-dir data
+    """
+    spec = _spec("pretrain-teacher", request)
+    if request.dry_run:
+        return _preview(spec, request)
+    if _launched(spec):
+        return None
+    from kdcli import jobs, report
+
+    summary = jobs.teacher(spec, _story(request))
+    return _answer(summary, report.runs_table([summary]), request.json)
+
+
+def _distill(
+    request: Request,
+    *,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Several seeds, 0..4 or 0,1,2: one run each.")] = None,
+    auto_teacher: Annotated[
+        bool, typer.Option("--auto-teacher/--no-auto-teacher", help="Train a missing teacher first. [on]")
+    ] = True,
+) -> None:
+    """Distil a student from a teacher: the main job.
+
+    kd distill --method vsd --teacher wrn40_2 --student wrn16_2 --data-dir data
+
+    The teacher may be an architecture: then the one trained for this data set, recipe and method is looked for under
+    the runs folder, and trained first if there is none.
+    """
+    spec = _spec("distill", request)
+    if request.dry_run:
+        return _preview(spec, request)
+    if _launched(spec):
+        return None
+    from kdcli import jobs, report
+
+    document = jobs.students(spec, _seeds(seeds, spec), _story(request), auto_teacher=auto_teacher)
+    return _answer(document, report.distill_table(document), request.json)
+
+
+def _fewshot(
+    request: Request,
+    *,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option("--ratio", help="Share of the training images the student sees; repeatable. [0.25 0.5 0.75]"),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Several seeds, 0..4 or 0,1,2: one run each.")] = None,
+    auto_teacher: Annotated[
+        bool, typer.Option("--auto-teacher/--no-auto-teacher", help="Train a missing teacher first. [on]")
+    ] = True,
+) -> None:
+    """Distil on stratified fractions of the training images, from a teacher that saw all of them; one table.
+
+    kd fewshot --method vsd --teacher resnet56 --student resnet20 --ratio 0.25 --ratio 0.5 --data-dir data
+    """
+    spec = _spec("distill", request)
+    if request.dry_run:
+        return _preview(spec, request)
+    if _launched(spec):
+        return None
+    from kdcli import jobs, report
+
+    ratios = ratio or [0.25, 0.5, 0.75]
+    document = jobs.fewshot(spec, ratios, _seeds(seeds, spec), _story(request), auto_teacher=auto_teacher)
+    return _answer(document, report.fewshot_table(document), request.json)
+
+
+def _linear_probe(
+    request: Request,
+    *,
+    network: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN", help="The network to freeze.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Data sets to transfer to; repeatable. [stl10 tinyimagenet]")
+    ] = None,
+) -> None:
+    """Train one linear layer on the frozen features of a network; top-1 on each data set.
+
+    kd linear-probe runs/cifar100/vsd-wrn40_2-wrn16_2-s0-1a2b3c4d --dataset stl10 --dataset tinyimagenet
+    """
+    specs = []
+    for name in dataset or ["stl10", "tinyimagenet"]:
+        asked = {**request.flags, "encoder": network, "data.dataset": name}
+        specs.append(presets.resolve("linear-probe", flags.with_flags(request, asked)))
+    if request.dry_run:
+        documents = [spec.model_dump(mode="json") for spec in specs]
+        return _answer(
+            output.envelope("linear-probe", specs=documents), output.document({"specs": documents}), request.json
+        )
+    from kdcli import jobs, report
+
+    document = jobs.probes(specs, _story(request))
+    return _answer(document, report.probe_table(document), request.json)
+
+
+app.command("pretrain-teacher")(flags.command(_pretrain_teacher, leave_out=[*_STUDENT_ONLY, *_PROBE, "encoder"]))
+app.command("distill")(flags.command(_distill, leave_out=[*_PROBE, "encoder"]))
+app.command("fewshot")(flags.command(_fewshot, leave_out=[*_PROBE, "encoder", "ratio", "baseline"]))
+app.command("linear-probe")(
+    flags.command(
+        _linear_probe,
+        leave_out=[*_NETWORKS, "baseline", "encoder", "dataset", "ratio", "base_lr", "light_lr", "compile", "nproc"],
+    )
+)
+
+
+@app.command("evaluate")
+def _evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN", help="A network, or the run that made it.")],
+    inference: Annotated[
+        str | None,
+        typer.Option("--inference", help="Only this way: single, marginal or aggregate; default: all it has."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one it was trained on.")] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="A checkpoint or run to count agreement with.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option("--min-top1", help="Leave with exit code 10 if top-1 (percent) is below this.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only this many test images.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Data workers for sets that stream. [2]")] = 2,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a network on its test images: top-1, top-5, NLL, ECE, agreement with a teacher, throughput.
+
+    kd evaluate runs/cifar100/vsd-wrn40_2-wrn16_2-s0-1a2b3c4d --data-dir data --min-top1 70
+    """
+    from kdcli import report
+    from kdcli.evaluation import evaluate_checkpoint
+
+    document = evaluate_checkpoint(
+        checkpoint,
+        inference=inference,
+        dataset=dataset,
+        data_dir=data_dir,
+        teacher=teacher,
+        limit=limit,
+        device=device,
+        threads=threads,
+        workers=workers,
+        story=output.Story(quiet=quiet),
+    )
+    short = None
+    if min_top1 is not None and document["metrics"]["test"]["top1"] < min_top1:
+        short = f"top-1 is {document['metrics']['test']['top1']:.2f} %, below {min_top1:g} %"
+        document["threshold"] = {"min_top1": min_top1, "met": False}
+    _answer(document, report.evaluation_table(document), json_)
+    if short is not None:
+        error = ThresholdError(short, field="--min-top1")
+        typer.echo(f"error: {error.line()}", err=True)
+        raise typer.Exit(error.code)
+
+
+@app.command("list")
+def _list(
+    what: Annotated[str, typer.Argument(metavar="methods|models|datasets|presets", help="What to list.")],
+    json_: Json = False,
+) -> None:
+    """List the methods, networks, data sets or presets there are.
+
+    kd list methods
+    """
+    from kdcli import catalogue
+
+    document, text = catalogue.listing(what)
+    _answer(document, text, json_)
+
+
+@app.command("inspect")
+def _inspect(
+    model: Annotated[str, typer.Argument(help="A network's name, a checkpoint or a run directory.")],
+    input_size: Annotated[
+        int, typer.Option("--input-size", min=4, max=1024, help="Side of the input, pixels. [32]")
+    ] = 32,
+    classes: Annotated[int, typer.Option("--classes", min=1, help="Outputs of the classifier. [100]")] = 100,
+    taps: Annotated[
+        str | None, typer.Option("--taps", help="Modules to tap instead of the automatic choice (timm:, torchvision:).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show a network's stages, their shapes, its parameters and multiply-accumulates.
+
+    kd inspect wrn40_2 --input-size 64
+    """
+    from kdcli import catalogue
+
+    document, text = catalogue.inspection(model, input_size, classes, taps)
+    _answer(document, text, json_)
+
+
+@app.command("schema")
+def _schema(
+    method: Annotated[str | None, typer.Option("--method", help="The schema of this method's settings only.")] = None,
+) -> None:
+    """Print the JSON Schema of the run spec, or of a method's settings.
+
+    kd schema --method vsd
+    """
+    if method is None:
+        return output.answer(output.document(RunSpec.model_json_schema()))
+    from kdcli import methods
+
+    return output.answer(output.document(methods.method_class(method).Spec.model_json_schema()))
+
+
+@app.command("import")
+def _import(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth, .pt or .safetensors of another code base.")],
+    arch: Annotated[str, typer.Option("--arch", help="The architecture it holds, such as wrn40_2.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the kd checkpoint (.safetensors).")],
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="The data set it was trained on, for class names and normalisation.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
+    part: Annotated[
+        str, typer.Option("--part", help="student or teacher, of a file that holds both. [student]")
+    ] = "student",
+    json_: Json = False,
+) -> None:
+    """Turn a checkpoint of RepDistiller, mdistiller, SSKD or HSAKD into a kd checkpoint, running none of its pickles.
+
+    kd import wrn_40_2_vanilla/ckpt_epoch_240.pth --arch wrn40_2 --dataset cifar100 --out teacher.safetensors
+    """
+    from kdcli import catalogue
+
+    document, text = catalogue.imported(source, arch, out, dataset, data_dir, part)
+    _answer(document, text, json_)
+
+
+@app.command("verify")
+def _verify(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Checkpoints or run directories.")],
+    json_: Json = False,
+) -> None:
+    """Check every byte of checkpoints; exit code 3 if one is damaged.
+
+    kd verify runs/*/*/student.safetensors
+    """
+    from kdcli import catalogue
+
+    document, text, error = catalogue.verified(paths)
+    _answer(document, text, json_)
+    if error is not None:
+        typer.echo(f"error: {error.line()}", err=True)
+        raise typer.Exit(error.code)
+
+
+@app.command("digest")
+def _digest(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Checkpoints or run directories.")],
+) -> None:
+    """Print a hash of the weights alone, the path after it: equal networks have equal digests.
+
+    kd digest runs/a/student.safetensors runs/b/student.safetensors
+    """
+    from kdcli import checkpoint
+
+    for path in paths:
+        output.answer(f"{checkpoint.digest(path)}  {output.printable(str(path))}")

@@ -1,0 +1,80 @@
+"""The data sets `kd` knows, by name. Nothing here imports torch: the command line checks names before work starts."""
+
+from __future__ import annotations
+
+from kdcli.errors import UsageError, nearest
+
+DEFAULT_SIZE: dict[str, int] = {
+    "cifar100": 32,
+    "cifar10": 32,
+    "stl10": 96,
+    "tinyimagenet": 64,
+    "imagenet": 224,
+    "folder": 224,
+    "digits": 32,
+    "synthetic": 32,
+}
+"""Side in pixels of the square images a network sees, unless the spec asks for another."""
+
+_ABOUT: dict[str, str] = {
+    "cifar100": "CIFAR-100: 50,000 + 10,000 images of 32x32, 100 fine classes (binary or python layout)",
+    "cifar10": "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes (binary or python layout)",
+    "stl10": "STL-10: the 5,000 + 8,000 labelled images of 96x96, 10 classes (binary layout)",
+    "tinyimagenet": "Tiny-ImageNet: 100,000 + 10,000 images of 64x64, 200 classes; any subset in the official layout",
+    "imagenet": "ImageNet: train/ and val/ with one folder per class, streamed from disk",
+    "folder": "folder:PATH, any tree with one folder per class, with or without train/ and val/",
+    "digits": "scikit-learn's 1,797 handwritten digits of 8x8, 10 classes; needs no download",
+    "synthetic": "synthetic or synthetic:K, generated images of K = 10 classes for smoke tests",
+}
+
+_ALIASES: dict[str, str] = {
+    "stl": "stl10",
+    "tinyimagenet200": "tinyimagenet",
+    "imagenet1k": "imagenet",
+    "ilsvrc2012": "imagenet",
+    "digit": "digits",
+    "fake": "synthetic",
+}
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def known() -> list[str]:
+    """The names a user can type, in the order they are shown."""
+    return ["folder:PATH" if name == "folder" else name for name in _ABOUT]
+
+
+def canonical(name: str, field: str = "data.dataset") -> str:
+    """The one spelling of a data set's name: `CIFAR-100` is `cifar100`; the path of `folder:PATH` is left as typed.
+
+    Raises:
+        UsageError: the name is unknown (the hint names the nearest one), `folder:` has no path, or the `K` of
+            `synthetic:K` is not a whole number from 2 to 1000.
+    """
+    head, colon, argument = name.partition(":")
+    kind = _fold(head)
+    kind = _ALIASES.get(kind, kind)
+    if kind == "folder":
+        if not argument.strip():
+            raise UsageError("folder needs a path", field=field, hint="write folder:PATH")
+        return f"folder:{argument.strip()}"
+    if kind == "synthetic" and colon:
+        if not (argument.isascii() and argument.isdecimal() and 2 <= int(argument) <= 1000):
+            message = f"synthetic:{argument} is not a number of classes"
+            raise UsageError(message, field=field, hint="write synthetic:K with K from 2 to 1000")
+        return "synthetic" if int(argument) == 10 else f"synthetic:{int(argument)}"
+    if kind not in _ABOUT or colon:
+        raise UsageError(f"unknown data set {name!r}", field=field, hint=nearest(name, known()))
+    return kind
+
+
+def describe(name: str) -> str:
+    """One line about a data set, for help texts and listings."""
+    return _ABOUT[canonical("folder:." if _fold(name) in ("folder", "folder:path") else name).partition(":")[0]]
+
+
+def default_size(name: str) -> int:
+    """`DEFAULT_SIZE` of a canonical name, argument and all (`folder:PATH`, `synthetic:K`)."""
+    return DEFAULT_SIZE[name.partition(":")[0]]

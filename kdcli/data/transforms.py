@@ -1,0 +1,67 @@
+"""Per-sample transforms of streamed images: torchvision's v2 on uint8 [3,H,W]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdcli.data.randomness import mix
+from kdcli.data.resize import centre, shorter_side, square
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class _Square:
+    """Resize the shorter side, crop the centre. A class, so that workers started afresh can be sent it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return square(image, self.size)
+
+
+class _Evaluation:
+    """ImageNet's evaluation view: shorter side S*256/224, centre S (METHODS 2.2)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return centre(shorter_side(image, int(self.size * 256 / 224)), self.size)
+
+
+def transform(size: int, augment: str, *, train: bool, files: bool) -> Transform:
+    """What turns one image into uint8 [3,size,size].
+
+    Training: `resized-crop` (area 0.08..1, ratio 3/4..4/3) and `rotation` (up to 20 degrees, METHODS 2.3), each with a
+    horizontal flip; `crop` (zeros of S/8, METHODS 2.1) with a flip, `flip`, `none`. Evaluation: the centre, for files
+    of at least 128 pixels with ImageNet's margin.
+    """
+    if not train:
+        return _Evaluation(size) if files and size >= 128 else _Square(size)
+    from torchvision.transforms import v2
+
+    flip = v2.RandomHorizontalFlip()
+    if augment == "resized-crop":
+        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), flip])
+    if augment == "rotation":
+        return v2.Compose([_Square(size), v2.RandomRotation(20), flip])
+    if augment == "crop":
+        return v2.Compose([_Square(size), v2.RandomCrop(size, padding=size // 8), flip])
+    return v2.Compose([_Square(size), flip]) if augment == "flip" else _Square(size)
+
+
+def seeded(function: Transform, image: Tensor, *parts: int | str) -> Tensor:
+    """`function(image)` with the randomness of `parts` alone; torch's global CPU generator is left as it was.
+
+    torchvision's transforms draw from that generator and take no other.
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(mix(*parts))
+    try:
+        return function(image)
+    finally:
+        torch.default_generator.set_state(state)

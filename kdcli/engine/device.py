@@ -1,0 +1,110 @@
+"""The device a run computes on: CPU threads or a GPU, its precision, and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from kdcli.errors import KdError, OutOfMemoryError, UsageError
+from kdcli.specs import SystemSpec
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in what precision the networks run."""
+
+    torch: torch.device
+    precision: str
+    threads: int
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is a GPU."""
+        return self.torch.type == "cuda"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 for the networks if asked for; losses are computed outside of it."""
+        if self.precision == "bf16":
+            return torch.autocast(self.torch.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def place(self, module: M) -> M:
+        """Move a module here, convolutions in channels-last, which is the faster layout on CPUs and GPUs alike."""
+        module.to(device=self.torch)
+        # torch's stubs lack the combination of device and memory format.
+        return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given (for timing)."""
+        if self.cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def peak_mib(self) -> float:
+        """The most memory used so far, in MiB: the device's on a GPU, the process's resident set on the CPU."""
+        if self.cuda:
+            return round(torch.cuda.max_memory_allocated(self.torch) / 2**20, 1)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def open_device(system: SystemSpec, threads: int | None = None) -> Device:
+    """The device a spec names, with threads pinned.
+
+    Args:
+        threads: a thread count recorded by the run that is being continued; the spec's own wins.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    name = system.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UsageError("this torch sees no GPU", field="--device", hint="use --device cpu")
+        index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"there are {torch.cuda.device_count()} GPUs", field="--device", hint="count from 0")
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
+    elif name == "cpu":
+        device = torch.device("cpu")
+    else:
+        raise UsageError(f"{name!r} is no device", field="--device", hint="auto, cpu, cuda or cuda:N")
+    count = system.threads or threads or _default_threads()
+    torch.set_num_threads(count)
+    return Device(device, system.precision, count)
+
+
+def _default_threads() -> int:
+    """The cores this process may use, shared between the ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into `OutOfMemoryError`."""
+    try:
+        yield
+    except KdError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as problem:
+        text = str(problem)
+        memory = isinstance(problem, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text
+        if not memory:
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {text.splitlines()[0] if text else 'allocation failed'}",
+            hint="a smaller --batch-size, or --accumulate 2",
+        ) from None

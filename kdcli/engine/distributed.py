@@ -1,0 +1,74 @@
+"""Ranks: torch.distributed as it is, with the few collectives the engine needs; no-ops in a single process."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdcli.errors import WorkerError
+
+
+def start(timeout: float, cuda: bool) -> None:
+    """Join the process group that the launcher described in the environment (`RANK`, `WORLD_SIZE` …), if there is one.
+
+    Args:
+        timeout: seconds to wait for the other ranks.
+        cuda: use NCCL instead of gloo.
+    """
+    if "RANK" not in os.environ or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as problem:
+        raise WorkerError(f"the ranks did not find each other: {str(problem).splitlines()[0]}") from None
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_true(flag: Tensor) -> Tensor:
+    """Whether a bool tensor [] is true on every rank."""
+    if world() == 1:
+        return flag
+    number = flag.to(torch.int32)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return number.bool()
+
+
+def any_of(value: int, device: torch.device) -> int:
+    """The largest `value` over the ranks: a stop signal seen by one is seen by all."""
+    if world() == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number.item())
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world() > 1:
+        dist.barrier()

@@ -1,0 +1,409 @@
+"""The loop: every training run of every command, for any method.
+
+It trains a `Step` on a loader, evaluates, keeps a resume state that makes a stopped run go on bit for bit, and returns
+what was measured. It never asks which method it trains.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdcli import checkpoint, durable
+from kdcli.data.loader import Batch, Loader
+from kdcli.data.randomness import mix
+from kdcli.engine import distributed, optim, state
+from kdcli.engine.device import Device, guarded
+from kdcli.engine.evaluate import Evaluated, evaluate
+from kdcli.engine.signals import StopFlag, listening, stopped
+from kdcli.engine.step import Step, StepOutput, deploy
+from kdcli.errors import IncompatibleError, NotFiniteError, UsageError
+from kdcli.inference import Use
+from kdcli.methods.base import Progress
+from kdcli.output import Story
+from kdcli.runs import Run
+
+_SAVE_SECONDS = 30.0
+_READ_EVERY = 50  # steps between looks at the device's not-finite flag on a GPU
+
+
+@dataclass
+class Job:
+    """Everything a training run is made of.
+
+    Attributes:
+        tests: what to evaluate on, by split name; `test` is never used to choose anything.
+        facts: what identifies the inputs (the teacher's digest, the classes); a resumed run must have the same.
+    """
+
+    run: Run
+    step: Step
+    use: Use
+    device: Device
+    train: Loader
+    tests: dict[str, Loader]
+    story: Story
+    stop: StopFlag
+    title: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Fitted:
+    """What a finished run measured.
+
+    Attributes:
+        network: the trained network, with averaged weights where an average was kept.
+        metrics: split → inference mode → metrics of the last epoch.
+        best: the best single-inference metrics on the test set over the epochs; a labelled extra, never *the* number.
+    """
+
+    network: nn.Module
+    metrics: dict[str, dict[str, dict[str, Any]]]
+    best: dict[str, Any] | None
+    seconds: float
+    images_per_second: float
+    steps: int
+
+
+def fit(job: Job) -> Fitted:
+    """Train `job.step` to the end of its recipe, continuing from the newest sound state of the run directory.
+
+    Raises:
+        Stopped: a signal or `--max-minutes` ended it early, after saving.
+        NotFiniteError: a term, gradient or output became NaN or infinite; the update was not applied.
+        WriteError: a state could not be written; the previous one is intact.
+        OutOfMemoryError, WorkerError: as their names say.
+    """
+    with guarded(), listening(job.stop):
+        return _Training(job).run()
+
+
+class _Training:
+    """The state of one call of `fit`."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.spec = job, job.run.spec
+        recipe, device = self.spec.train, job.device
+        self.module = device.place(job.step)
+        self.optimizer = optim.optimizer(recipe, (p for p in self.module.parameters() if p.requires_grad), device.cuda)
+        self.average = self._averaged() if recipe.ema is not None else None
+        self.sums: dict[str, Tensor] = {}
+        self.at = 0  # optimiser steps done
+        self.lines = 0  # lines of metrics.jsonl written
+        self.best: dict[str, Any] | None = None
+        self.spent = 0.0  # seconds of training in earlier sessions
+        self.per_epoch = job.train.steps
+        self.total = recipe.epochs * self.per_epoch
+        self.end = min(self.total, recipe.max_steps or self.total)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device.torch)
+        self._resume()
+        self.forward = self._wrapped()
+
+    def _averaged(self) -> AveragedModel:
+        decay = self.spec.train.ema
+        assert decay is not None
+        return AveragedModel(
+            self.job.step.trained, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        ).requires_grad_(False)
+
+    def _wrapped(self) -> Callable[[Batch, Progress], StepOutput]:
+        """The step as it is called: compiled if asked for, synchronised over ranks if there are several."""
+        module: nn.Module = self.module
+        if distributed.world() > 1 and any(p.requires_grad for p in module.parameters()):
+            module = DistributedDataParallel(module, broadcast_buffers=False)
+        # dynamic=False: a graph per batch size; a graph made general half-way would change the bits of a resumed run.
+        return torch.compile(module, dynamic=False) if self.spec.system.compile else module
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> Fitted:
+        job, recipe, story = self.job, self.spec.train, self.job.story
+        self.started = self.saved = time.monotonic()
+        self.session_images = 0
+        if self.at == 0:
+            self._save()  # a full or read-only disk shows itself now, and not after an epoch
+        story.begin(job.title, self.end, self.at)
+        first, evaluated = self.at // self.per_epoch, None
+        if self.at > 0 and self.at % self.per_epoch == 0 and self.lines < first:
+            first -= 1  # stopped between the last step of an epoch and its evaluation
+        last_epoch = max(0, math.ceil(self.end / self.per_epoch) - 1)
+        for epoch in range(first, last_epoch + 1):
+            self._epoch(epoch)
+            due = (epoch + 1) % recipe.eval_every == 0 or epoch == last_epoch
+            evaluated = self._evaluate(epoch, job.use.modes if epoch == last_epoch else ("single",)) if due else None
+            if self.lines <= epoch:
+                self._record(epoch, evaluated)
+        if evaluated is None:  # everything was done, only the summary was missing
+            evaluated = self._evaluate(last_epoch, job.use.modes)
+        story.end()
+        seconds = self.spent + time.monotonic() - self.started
+        speed = self.session_images / max(time.monotonic() - self.started, 1e-9)
+        network = self.average.module if self.average is not None else job.step.trained
+        metrics = {split: result.modes for split, result in evaluated.items()}
+        return Fitted(network, metrics, self.best, seconds, speed, self.at)
+
+    def _epoch(self, epoch: int) -> None:
+        """Train from where the epoch stands to its end, or to the last step of the run."""
+        begun = self.at - epoch * self.per_epoch
+        if begun >= self.per_epoch or self.at >= self.end:
+            return
+        if begun == 0:
+            self.sums = {}
+        self.module.train()
+        for batch in self.job.train.epoch(epoch, begun):
+            self._step(epoch, batch)
+            if code := self._stop_code():
+                self._save()
+                raise stopped(code, f"at step {self.at} of {self.end}")
+            if self._due():
+                self._save()
+            if self.at >= self.end:
+                break
+        self._read_flag()
+
+    def _step(self, epoch: int, batch: Batch) -> None:
+        recipe, device = self.spec.train, self.job.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = optim.rate(recipe, self.at, self.per_epoch)
+        # Dropout and its like draw from torch's own generator: seeded per step, a resumed run draws the same.
+        torch.manual_seed(mix(self.spec.seed, "step", self.at, distributed.rank()))
+        progress = Progress(
+            epoch=torch.tensor(float(epoch + 1), device=device.torch),
+            fraction=torch.tensor(self.at / self.total, device=device.torch),
+            odd_step=bool(self.at % 2),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        output: StepOutput | None = None
+        parts = _parts(batch, recipe.accumulate)
+        count = batch.labels.shape[0]
+        bad = torch.zeros((), dtype=torch.bool, device=device.torch)
+        for number, part in enumerate(parts):
+            share = part.labels.shape[0] / count * batch.weight
+            with _no_sync(self.forward, number < len(parts) - 1):
+                output = self.forward(part, progress)
+                (output.total if share == 1 else output.total * share).backward()
+            bad |= ~torch.isfinite(output.total.detach())
+            self._add(output, part.labels.shape[0])
+        assert output is not None
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm(gradients)
+        bad |= ~torch.isfinite(norm)
+        self._guard(bad, output)
+        if recipe.clip_grad is not None:
+            scale = (recipe.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.job.step.trained)
+        self.at += 1
+        self.session_images += count * distributed.world()
+        if self.at % 5 == 0:
+            self.job.story.step(self.at, self._facts())
+
+    def _guard(self, bad: Tensor, output: StepOutput) -> None:
+        """Stop before the update if anything is not finite.
+
+        On the CPU the flag is read at once. On a GPU the fused optimiser skips the update where the flag is set, and the
+        host reads the recorded step at most every 50 steps, so that it never waits for the device inside an epoch.
+        """
+        if distributed.world() > 1:
+            bad = ~distributed.all_true(~bad)
+        if not self.job.device.cuda:
+            if bool(bad):
+                self._not_finite(self.at, output)
+            return
+        self.first_bad = torch.where((self.first_bad < 0) & bad, self.at, self.first_bad)
+        self.optimizer.found_inf = (self.first_bad >= 0).float()  # type: ignore[attr-defined]
+        if self.at % _READ_EVERY == 0:
+            self._read_flag(output)
+
+    def _read_flag(self, output: StepOutput | None = None) -> None:
+        if self.job.device.cuda and (step := int(self.first_bad.item())) >= 0:
+            self._not_finite(step, output)
+
+    def _not_finite(self, step: int, output: StepOutput | None) -> None:
+        terms = [] if output is None else [n for n, t in output.terms.items() if not bool(torch.isfinite(t))]
+        if terms:
+            what = f"the loss term {' and '.join(terms)}"
+        else:
+            names = [n for n, p in self.module.named_parameters() if p.grad is not None and not _finite(p.grad)]
+            what = f"the gradient of {names[0]}" if names else "a gradient"
+        raise NotFiniteError(
+            f"{what} is not finite at step {step}; the update was not applied, the last good state is in "
+            f"{self.job.run.state}",
+            hint="a smaller --lr, --clip-grad, or --precision fp32",
+        )
+
+    def _add(self, output: StepOutput, count: int) -> None:
+        """Add a part's terms, weighted by its images, to the epoch's running sums (on the device, float64)."""
+        values = {**output.terms, "correct": output.correct / max(count, 1)}
+        for name, value in values.items():
+            term = value.double() * count
+            self.sums[name] = self.sums[name] + term if name in self.sums else term
+        images = torch.tensor(float(count), dtype=torch.float64, device=self.job.device.torch)
+        self.sums["images"] = self.sums["images"] + images if "images" in self.sums else images
+
+    def _stop_code(self) -> int:
+        """The stop flag; ranks agree on it every few steps, since asking costs a collective."""
+        if distributed.world() == 1:
+            return self.job.stop.code
+        if self.at % 10 and self.at != self.end:
+            return 0
+        return distributed.any_of(self.job.stop.code, self.job.device.torch)
+
+    # ------------------------------------------------------------------------------------------- evaluating, recording
+
+    def _evaluate(self, epoch: int, modes: tuple[str, ...]) -> dict[str, Evaluated]:
+        network = deploy(self.average.module if self.average is not None else self.job.step.trained)
+
+        def tick(done: int, of: int) -> None:
+            if distributed.world() == 1 and (code := self.job.stop.code):
+                self._save()
+                raise stopped(code, f"at step {self.at} of {self.end}")
+
+        results = {
+            split: evaluate(network, self.job.use, loader, self.job.device, modes, tick=tick)
+            for split, loader in self.job.tests.items()
+        }
+        if "test" in results:
+            single = results["test"].modes["single"]
+            if self.best is None or single["top1"] > self.best["top1"]:
+                self.best = {**single, "epoch": epoch + 1}
+        return results
+
+    def _record(self, epoch: int, evaluated: dict[str, Evaluated] | None) -> None:
+        """One line for the epoch, in metrics.jsonl and on stderr."""
+        sums = {name: distributed.sum_(value.clone()) for name, value in self.sums.items()}
+        images = sums.pop("images").item()
+        means = {name: value.item() / images for name, value in sums.items()}
+        line: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": self.at,
+            "lr": optim.rate(self.spec.train, max(self.at - 1, 0), self.per_epoch),
+            "train": {"top1": round(100 * means.pop("correct"), 4), "loss": round(sum(means.values()), 8)},
+            "terms": {name: round(value, 8) for name, value in means.items()},
+        }
+        if evaluated is not None:
+            line |= {split: result.modes for split, result in evaluated.items()}
+        self.lines += 1
+        if distributed.rank() == 0:
+            durable.append_line(self.job.run.metrics, json.dumps(line, allow_nan=False))
+        scores = [f"{s} {line[s]['single']['top1']:.2f}" for s in ("val", "test") if s in line]
+        seconds = self.spent + time.monotonic() - self.started
+        self.job.story.note(
+            f"{self.job.title}: epoch {epoch + 1}/{self.spec.train.epochs}  loss {line['train']['loss']:.4f}  "
+            f"train {line['train']['top1']:.2f}  {'  '.join(scores)}  lr {line['lr']:.4g}  {seconds:.0f} s"
+        )
+
+    def _facts(self) -> str:
+        return f"{self.session_images / max(time.monotonic() - self.started, 1e-9):.0f} img/s"
+
+    # ------------------------------------------------------------------------------------------------- saving, resuming
+
+    def _due(self) -> bool:
+        every = self.spec.system.checkpoint_every
+        if every is not None:
+            return self.at % every == 0
+        if distributed.world() > 1:  # ranks must agree without a collective a step
+            return self.at % 200 == 0
+        return time.monotonic() - self.saved >= _SAVE_SECONDS
+
+    def _save(self) -> None:
+        self._read_flag()
+        if distributed.world() > 1:
+            for value in self.sums.values():  # each rank holds its own part; the sum over ranks is kept by the first
+                distributed.sum_(value)
+                if distributed.rank() != 0:
+                    value.zero_()
+        if distributed.rank() == 0:
+            metadata = {
+                "spec_digest": self.job.run.digest,
+                "facts": self.job.facts,
+                "threads": self.job.device.threads,
+                "lines": self.lines,
+                "best": self.best,
+                "seconds": self.spent + time.monotonic() - self.started,
+            }
+            tensors = state.pack(self.module, self.optimizer, self.average, self.sums)
+            checkpoint.save_state(self.job.run.state, self.at, tensors, metadata)
+        distributed.barrier()
+        self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        found = checkpoint.load_state(self.job.run.state) if self.job.run.status == "unfinished" else None
+        if found is None:
+            if distributed.rank() == 0:
+                durable.truncate_lines(self.job.run.metrics, 0)
+            return
+        tensors, metadata, notices = found
+        for notice in notices:
+            self.job.story.note(notice)
+        for key, value in self.job.facts.items():
+            if metadata["facts"].get(key) != value:
+                raise IncompatibleError(
+                    f"the run in {self.job.run.directory} was started with another {key}", hint="or use --overwrite"
+                )
+        if metadata["threads"] != self.job.device.threads:
+            self.job.story.note(
+                f"this run began with {metadata['threads']} threads and goes on with {self.job.device.threads}: "
+                "the last bits may differ"
+            )
+        self.at = metadata["step"]
+        self.sums = state.unpack(tensors, self.at, self.module, self.optimizer, self.average, self.job.device.torch)
+        if distributed.rank() != 0:
+            self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        self.lines, self.best, self.spent = metadata["lines"], metadata["best"], metadata["seconds"]
+        if distributed.rank() == 0:
+            durable.truncate_lines(self.job.run.metrics, self.lines)
+        self.job.story.note(f"{self.job.title}: going on at step {self.at} of {self.end}")
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """The batch cut into at most `count` parts of nearly equal size."""
+    n = batch.labels.shape[0]
+    if count == 1 or n == 1:
+        return [batch]
+    cuts = [round(i * n / count) for i in range(count + 1)]
+    return [
+        Batch(batch.images[a:b], batch.labels[a:b], batch.index[a:b], batch.weight)
+        for a, b in itertools.pairwise(cuts)
+        if b > a
+    ]
+
+
+def _no_sync(forward: Any, more_to_come: bool) -> Any:
+    """DDP's `no_sync` for all but the last part of an accumulated batch."""
+    if more_to_come and isinstance(forward, DistributedDataParallel):
+        return forward.no_sync()
+    return torch.enable_grad()
+
+
+def check_batches(train: Loader, has_batchnorm: bool, recipe_batch: int) -> None:
+    """Refuse, before training, what BatchNorm cannot train on: a batch of one image.
+
+    Raises:
+        UsageError: a step would see a single image.
+    """
+    n = len(train.split.labels)
+    if has_batchnorm and (recipe_batch == 1 or n % recipe_batch == 1):
+        raise UsageError(
+            f"{n} training images in batches of {recipe_batch} leave a batch of one, which BatchNorm cannot train on",
+            field="--batch-size",
+            hint=f"for example --batch-size {recipe_batch + 1}",
+        )

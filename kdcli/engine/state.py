@@ -1,0 +1,77 @@
+"""The resume state: everything a run needs to go on as if it had never stopped, as tensors and plain JSON.
+
+No generator state is kept, because there is none: order, augmentation and dropout are functions of (seed, epoch, step).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import InputError
+
+_MODEL, _OPTIMIZER, _AVERAGE, _SUM = "model.", "optimizer.", "average.", "sum."
+
+
+def pack(
+    step: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None, sums: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors of a run by name: modules, optimiser slots by parameter name, averaged weights, running sums."""
+    tensors = {f"{_MODEL}{key}": value for key, value in step.state_dict().items()}
+    for name, parameter in _trainable(step):
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{_OPTIMIZER}{name}.{slot}"] = value
+    if average is not None:
+        tensors |= {f"{_AVERAGE}{key}": value for key, value in average.state_dict().items()}
+    return tensors | {f"{_SUM}{key}": value for key, value in sums.items()}
+
+
+def unpack(
+    tensors: dict[str, Tensor],
+    at: int,
+    step: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: nn.Module | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Put a packed state back; returns the running sums.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape (a state of other code, never repaired silently).
+    """
+    groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (_MODEL, _OPTIMIZER, _AVERAGE, _SUM)}
+    for key, value in tensors.items():
+        prefix = key[: key.index(".") + 1]
+        if prefix not in groups:
+            raise InputError(f"the saved state holds an unknown tensor {key}", hint="start anew with --overwrite")
+        groups[prefix][key[len(prefix) :]] = value
+    _strict(step, groups[_MODEL], "model")
+    if average is not None:
+        _strict(average, groups[_AVERAGE], "average")
+    slots = groups[_OPTIMIZER]
+    for name, parameter in _trainable(step):
+        mine = {key.rpartition(".")[2]: value for key, value in slots.items() if key.rpartition(".")[0] == name}
+        if at > 0 and not mine and optimizer.defaults.get("momentum", 1):
+            raise InputError(f"the saved state lacks the optimiser's memory of {name}", hint="start anew: --overwrite")
+        # The step counter of AdamW lives where the fused kernel wants it; everything else like its parameter.
+        optimizer.state[parameter] = {
+            slot: value.to(device) if slot == "step" else value.to(device, memory_format=torch.preserve_format)
+            for slot, value in mine.items()
+        }
+        for slot, value in mine.items():
+            if slot != "step" and value.shape != parameter.shape:
+                raise InputError(f"the saved {slot} of {name} has another shape", hint="start anew with --overwrite")
+    return {key: value.to(device) for key, value in groups[_SUM].items()}
+
+
+def _trainable(step: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in step.named_parameters() if parameter.requires_grad]
+
+
+def _strict(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise InputError(f"the saved {what} does not fit: {reason}", hint="start anew with --overwrite") from None

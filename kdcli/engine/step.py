@@ -1,0 +1,100 @@
+"""One training step's forward pass as a module: views, networks, losses. DDP and torch.compile wrap exactly this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.data.loader import Batch
+from kdcli.engine.device import Device
+from kdcli.inference import Use
+from kdcli.methods.base import Method, Progress
+from kdcli.models.features import Features
+from kdcli.models.heads import Headed
+from kdcli.models.network import Network
+from kdcli.transforms import fold, views
+
+
+@dataclass
+class StepOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        total: [] the loss to minimise.
+        terms: the weighted terms it is the sum of, by name.
+        correct: [] how many images of the batch the trained network got right (single inference, as augmented).
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    correct: Tensor
+
+
+class StudentStep(nn.Module):
+    """A student learning from a frozen teacher (or from labels alone)."""
+
+    def __init__(
+        self, method: Method, student: Network, teacher: Network | Headed | None, use: Use, device: Device
+    ) -> None:
+        super().__init__()
+        self.method, self.student = method, student
+        # In a tuple, so that the frozen teacher is no submodule: not optimised, not synchronised, not in the state.
+        self._teacher = (teacher,)
+        self._use, self._device = use, device
+
+    @property
+    def trained(self) -> Network:
+        """The network that is evaluated and exported."""
+        return self.student
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Loss of a batch: images [B,C,H,W], labels [B]."""
+        teacher = self._teacher[0]
+        with self._device.autocast():
+            taught: Features | None = None
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = self.method.teacher_features(teacher, self.method.teacher_views(batch, progress))
+            seen = self.method.student_views(batch, progress)
+            learned = self.method.student_features(self.student, seen)
+        return _output(self.method.loss(batch, learned, taught, progress), learned, batch, self._use)
+
+
+class TeacherStep(nn.Module):
+    """A teacher being trained for a method, with whatever heads the method asks of it."""
+
+    def __init__(self, method: Method, teacher: Network | Headed, use: Use, device: Device) -> None:
+        super().__init__()
+        self.method, self.teacher = method, teacher
+        self._use, self._device = use, device
+
+    @property
+    def trained(self) -> Network | Headed:
+        """The network that is evaluated and exported."""
+        return self.teacher
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """Loss of a batch: images [B,C,H,W], labels [B]."""
+        with self._device.autocast():
+            features = self.teacher.features(self.method.teacher_views(batch, progress))
+        return _output(self.method.teacher_loss(batch, features, progress), features, batch, self._use)
+
+
+def _output(terms: dict[str, Tensor], features: Features, batch: Batch, use: Use) -> StepOutput:
+    total = torch.stack(list(terms.values())).sum()
+    with torch.no_grad():
+        rows = features.logits.shape[0] // batch.labels.shape[0]
+        logits = fold(features.logits.detach()[::rows], views(use.transform), "single")
+        correct = (logits.argmax(1) == batch.labels).sum()
+    return StepOutput(total, {name: term.detach() for name, term in terms.items()}, correct)
+
+
+Step = StudentStep | TeacherStep
+
+
+def deploy(module: Any) -> nn.Module:
+    """The bare network of a `Headed` one: what is evaluated, since heads only serve training."""
+    return module.network if isinstance(module, Headed) else module

@@ -1,0 +1,160 @@
+"""Typer options made from the fields of the run spec, so that each setting is declared once.
+
+`command(function, fields)` returns a function whose signature Typer reads: the spec's fields as options, followed by the
+common ones (`--preset`, `--set`, `--dry-run`, `--json`, `--quiet`) and those of the command itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from kdcli.specs import field_at, field_paths
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line said, before presets and defaults are merged.
+
+    Attributes:
+        flags: dotted spec path → value, only for the flags that were given.
+        presets: names or paths of presets in the order given (`-` is stdin).
+        sets: `dotted.key=value` strings in the order given.
+    """
+
+    flags: dict[str, Any]
+    presets: list[str]
+    sets: list[str]
+    dry_run: bool
+    json: bool
+    quiet: bool
+
+
+def with_flags(request: Request, given: dict[str, Any]) -> Request:
+    """The same request with other flags."""
+    return replace(request, flags=given)
+
+
+def _option_type(annotation: Any) -> Any:
+    """The type Typer should parse: Optional stripped, tuples as one comma-separated string, the method as its name."""
+    annotation = _bare(annotation)
+    if typing.get_origin(annotation) in (tuple, dict):
+        return str
+    return annotation
+
+
+def _default_text(field: FieldInfo) -> str | bool:
+    value = field.default
+    if value is None or isinstance(value, dict):
+        return False
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _parameter(leaf: str, path: str) -> inspect.Parameter:
+    field = field_at(path)
+    kind = _option_type(field.annotation)
+    name = leaf.replace("_", "-")
+    flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    help_text = " ".join((field.description or "").split())
+    shown = _default_text(field)
+    if shown:
+        help_text += f" [{shown}]"
+    option = typer.Option(flag, help=help_text, show_default=False)
+    return inspect.Parameter(
+        leaf, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _common() -> list[inspect.Parameter]:
+    def parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+
+    return [
+        parameter(
+            "preset",
+            list[str] | None,
+            None,
+            typer.Option(
+                "--preset", help="A preset's name or path (TOML, or a run's spec.json); - is stdin; repeatable."
+            ),
+        ),
+        parameter(
+            "set_",
+            list[str] | None,
+            None,
+            typer.Option("--set", help="Any setting by its dotted name, such as method.lambda4=1; repeatable."),
+        ),
+        parameter(
+            "dry_run",
+            bool,
+            False,
+            typer.Option("--dry-run", help="Print the resolved spec, the taps and the cost; train nothing."),
+        ),
+        parameter("json_", bool, False, typer.Option("--json", help="Print one JSON document on stdout.")),
+        parameter("quiet", bool, False, typer.Option("--quiet", help="No progress on stderr, only errors.")),
+    ]
+
+
+def parse_tuple(text: str) -> list[Any]:
+    """`0.5,0.75` → [0.5, 0.75]; words stay words (`layer2,layer3`)."""
+
+    def item(word: str) -> Any:
+        try:
+            return float(word)
+        except ValueError:
+            return word
+
+    return [item(word.strip()) for word in text.split(",") if word.strip()]
+
+
+def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Callable[..., None]:
+    """Wrap `function(request, **its own options)` as a Typer command with a flag for every field of the run spec.
+
+    Args:
+        function: takes a `Request` first; its further keyword-only parameters are Typer options of its own.
+        leave_out: leaf names of fields that make no sense for this command.
+    """
+    paths = {leaf: path for leaf, path in field_paths().items() if leaf not in set(leave_out)}
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    def run(**values: Any) -> None:
+        flags: dict[str, Any] = {}
+        for leaf, path in paths.items():
+            if (value := values.pop(leaf)) is not None:
+                if isinstance(value, str) and typing.get_origin(_bare(field_at(path).annotation)) is tuple:
+                    value = parse_tuple(value)
+                flags[path] = value
+        request = Request(
+            flags,
+            values.pop("preset") or [],
+            values.pop("set_") or [],
+            values.pop("dry_run"),
+            values.pop("json_"),
+            values.pop("quiet"),
+        )
+        function(request, **values)
+
+    parameters = [_parameter(leaf, path) for leaf, path in paths.items()] + own + _common()
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = function.__doc__
+    run.__name__ = function.__name__
+    return run
+
+
+def _bare(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation

@@ -1,0 +1,121 @@
+"""What the training commands do with a spec: one run or several, and the document they answer with."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from kdcli import methods
+from kdcli.engine import distributed
+from kdcli.engine.signals import StopFlag
+from kdcli.errors import UsageError
+from kdcli.output import Story, envelope
+from kdcli.specs import RunSpec
+
+
+def _begin(spec: RunSpec) -> StopFlag:
+    """Join the other ranks, if any, and start the clock of `--max-minutes`."""
+    import torch
+
+    cuda = spec.system.device.startswith("cuda") or (spec.system.device == "auto" and torch.cuda.is_available())
+    distributed.start(spec.system.rank_timeout, cuda)
+    return StopFlag(spec.system.max_minutes, spec.system.requeue)
+
+
+def teacher(spec: RunSpec, story: Story) -> dict[str, Any]:
+    """`kd pretrain-teacher`."""
+    from kdcli.training import pretrain_teacher
+
+    stop = _begin(spec)
+    try:
+        return pretrain_teacher(spec, story, stop)
+    finally:
+        story.end()
+        distributed.stop()
+
+
+def students(spec: RunSpec, seeds: list[int], story: Story, *, auto_teacher: bool) -> dict[str, Any]:
+    """`kd distill`: a run a seed, each with its student-alone run if `baseline` asks for it.
+
+    One seed without a baseline answers with the run's own summary; otherwise with `runs` and their aggregate.
+    """
+    stop = _begin(spec)
+    try:
+        runs = _runs(spec, seeds, story, stop, auto_teacher)
+    finally:
+        story.end()
+        distributed.stop()
+    if len(runs) == 1:
+        return runs[0]
+    return envelope("distill", runs=runs, aggregate=aggregate(runs))
+
+
+def fewshot(
+    spec: RunSpec, ratios: list[float], seeds: list[int], story: Story, *, auto_teacher: bool
+) -> dict[str, Any]:
+    """`kd fewshot`: the same distillation on several stratified fractions."""
+    if any(not 0 < ratio <= 1 for ratio in ratios):
+        raise UsageError("a ratio lies between 0 and 1", field="--ratio", hint="for example --ratio 0.25")
+    if spec.system.out is not None and len(ratios) > 1:
+        raise UsageError("names one directory, and there are several ratios", field="--out", hint="use --runs-dir")
+    stop = _begin(spec)
+    table = []
+    try:
+        for ratio in ratios:
+            part = spec.model_copy(update={"data": spec.data.model_copy(update={"ratio": ratio})})
+            runs = _runs(part, seeds, story, stop, auto_teacher)
+            table.append({"ratio": ratio, "runs": runs, "aggregate": aggregate(runs)})
+    finally:
+        story.end()
+        distributed.stop()
+    return envelope("fewshot", ratios=table)
+
+
+def probes(specs: list[RunSpec], story: Story) -> dict[str, Any]:
+    """`kd linear-probe`: a probe a data set."""
+    from kdcli.probe import probe
+
+    stop = _begin(specs[0])
+    try:
+        return envelope("linear-probe", runs=[probe(spec, story, stop) for spec in specs])
+    finally:
+        story.end()
+        distributed.stop()
+
+
+def _runs(spec: RunSpec, seeds: list[int], story: Story, stop: StopFlag, auto_teacher: bool) -> list[dict[str, Any]]:
+    from kdcli.training import distill
+
+    several = len(seeds) > 1 or spec.baseline
+    if several and spec.system.out is not None:
+        raise UsageError("names one directory, and there are several runs", field="--out", hint="use --runs-dir")
+    runs = []
+    for seed in seeds:
+        one = spec.model_copy(update={"seed": seed})
+        if spec.baseline and methods.settings(spec)[0].needs_teacher:
+            alone = {"method": {"name": "none"}, "teacher": None, "teacher_taps": None}
+            train = one.train.model_copy(update={"teacher_lr": None})
+            runs.append(distill(one.model_copy(update={**alone, "train": train}), story, stop))
+        runs.append(distill(one, story, stop, auto_teacher=auto_teacher))
+    return runs
+
+
+def aggregate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, standard deviation (n-1) and n of the last epoch's test top-1, by method and inference mode."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        test = run["metrics"]["test"]
+        groups.setdefault((run["method"], "single"), []).append(test["top1"])
+        for mode in ("marginal", "aggregate"):
+            if mode in test:
+                groups.setdefault((run["method"], mode), []).append(test[mode]["top1"])
+    return [
+        {
+            "method": method,
+            "inference": mode,
+            "top1_mean": round(statistics.fmean(values), 4),
+            "top1_std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+            "n": len(values),
+        }
+        for (method, mode), values in groups.items()
+    ]

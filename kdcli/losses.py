@@ -1,0 +1,47 @@
+"""Losses shared by several methods. Everything is computed in fp32 or better, whatever the networks ran in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcli.errors import IncompatibleError
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float, *, scaled: bool = True) -> Tensor:
+    """Hinton's distillation loss: T² · mean over rows of KL(softmax(teacher/T) ‖ softmax(student/T)), summed over K.
+
+    Args:
+        student, teacher: logits [B,K]; the teacher's are constants.
+        temperature: T.
+        scaled: multiply by T² (Hinton et al. 2015, Section 2.1), so that gradients keep their size as T grows.
+
+    Raises:
+        IncompatibleError: the shapes differ (broadcasting would silently give a number).
+    """
+    if student.shape != teacher.shape:
+        raise IncompatibleError(
+            f"the student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
+        )
+    target = F.log_softmax(_exact(teacher.detach()) / temperature, 1)
+    logits = F.log_softmax(_exact(student) / temperature, 1)
+    loss = F.kl_div(logits, target, reduction="batchmean", log_target=True)
+    return loss * temperature**2 if scaled else loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy to hard labels, mean over rows.
+
+    Args:
+        logits: [B,K].
+        labels: int64 [B].
+        smoothing: share of the target spread evenly over the K classes.
+        temperature: divides the logits (VSD, Eq. 2, writes one inside the cross-entropy).
+    """
+    scaled = _exact(logits) if temperature == 1 else _exact(logits) / temperature
+    return F.cross_entropy(scaled, labels, label_smoothing=smoothing)

@@ -1,0 +1,143 @@
+"""The distillation methods by name: shipped ones (a file each), a user's own file, or a package's entry point."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.errors import InputError, UsageError, nearest
+from kdcli.specs import RunSpec, validate
+
+if TYPE_CHECKING:
+    from kdcli.methods.base import Method, MethodSpec
+
+# Name → one line for `kd list methods`; a name is also the module's, so that listing imports nothing.
+SHIPPED = {
+    "none": "the student alone, trained on the labels",
+    "kd": "softened logits (Hinton et al. 2015)",
+    "vsd": "variable scale distillation: rotated images at twice the size, joint labels, hierarchical heads",
+}
+
+
+def known() -> dict[str, str]:
+    """Every method by name with a one-line description: the shipped ones and those of the group `kdcli.methods`."""
+    plugged = {point.name: f"from {point.value}" for point in entry_points(group="kdcli.methods")}
+    return {**plugged, **SHIPPED}
+
+
+def method_class(name: str) -> type[Method]:
+    """The Method class called `name`, a path to a Python file that defines one, or an entry point's name.
+
+    Raises:
+        UsageError: there is no such method, or the file defines none or several.
+        InputError: the file cannot be imported.
+    """
+    from kdcli.methods.base import Method
+
+    if name in SHIPPED:
+        module = importlib.import_module(f"kdcli.methods.{name}")
+    elif name.endswith(".py"):
+        module = _import_file(Path(name))
+    else:
+        for point in entry_points(group="kdcli.methods"):
+            if point.name == name:
+                return point.load()
+        raise UsageError(f"no method named {name!r}", field="method", hint=nearest(name, known()))
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UsageError(f"{name} defines {len(found)} Method classes", field="method", hint="define exactly one")
+    return found[0]
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}", field="method", hint="give the path of a Python file")
+    spec = importlib.util.spec_from_file_location(f"kd_method_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise InputError(f"{path} cannot be imported: {type(problem).__name__}: {problem}", field="method") from None
+    return module
+
+
+def settings(spec: RunSpec) -> tuple[type[Method], MethodSpec]:
+    """The method's class and its validated settings.
+
+    Raises:
+        UsageError: a setting is unknown or out of range, named with its dotted path.
+    """
+    method = method_class(spec.method["name"])
+    values: MethodSpec = validate(method.Spec, spec.method, prefix="method")
+    method.check(values)
+    return method, values
+
+
+def resolve(spec: RunSpec) -> RunSpec:
+    """`spec` with every default visible: the method's settings, and what the recipe leaves to pair and method.
+
+    A teacher's spec keeps only what its training depends on, so that equal teachers have equal digests.
+
+    Raises:
+        UsageError: a setting is invalid, or the method takes no teacher and one was given (or the reverse).
+    """
+    from kdcli.models.names import LIGHT, canonical
+
+    method, values = settings(spec)
+    train = spec.train
+
+    def rate(network: str) -> float:
+        return train.light_lr if network in LIGHT else train.base_lr
+
+    explicit = train.lr
+    changes: dict[str, Any] = {"nesterov": method.nesterov if train.nesterov is None else train.nesterov}
+    update: dict[str, Any] = {}
+    if spec.command == "pretrain-teacher":
+        assert spec.teacher is not None
+        teacher_method = method.teacher_settings(values)
+        teacher_class = method_class(teacher_method["name"])
+        if train.nesterov is None:
+            changes["nesterov"] = method.nesterov if teacher_class is method else teacher_class.nesterov
+        values = validate(teacher_class.Spec, teacher_method, prefix="method")
+        name = canonical(spec.teacher, field="teacher")
+        changes |= {"lr": explicit or rate(name), "teacher_lr": None}
+        update |= {"teacher": name, "student": None, "student_taps": None}
+        update["data"] = spec.data.model_copy(update={"ratio": 1.0})
+    else:
+        assert spec.student is not None
+        if spec.teacher is not None and not method.needs_teacher:
+            raise UsageError(
+                f"the method {spec.method['name']} takes no teacher", field="--teacher", hint="leave it out"
+            )
+        if spec.teacher is None and method.needs_teacher:
+            raise UsageError(
+                f"the method {spec.method['name']} needs a teacher",
+                field="--teacher",
+                hint="name an architecture, a checkpoint or a run directory",
+            )
+        changes["lr"] = explicit or rate(spec.student)
+        if method.needs_teacher and spec.teacher is not None:
+            changes["teacher_lr"] = train.teacher_lr or explicit or rate(_name_or_none(spec.teacher))
+        else:
+            changes["teacher_lr"] = None
+    update["method"] = values.model_dump(mode="json")
+    update["train"] = train.model_copy(update=changes)
+    return spec.model_copy(update=update)
+
+
+def _name_or_none(teacher: str) -> str:
+    from kdcli.models.names import canonical
+
+    try:
+        return canonical(teacher)
+    except UsageError:  # a path: the learning rate is not needed
+        return ""

@@ -1,0 +1,144 @@
+"""What goes where: the answer to stdout, the story to stderr.
+
+With `--json` stdout holds exactly one JSON document. Progress is rich on a terminal and one plain line an epoch elsewhere.
+A reader that goes away (closed pipe) or a full device behind stdout is no traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kdcli.errors import KdError, WriteError
+
+SCHEMA = 1
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (terminal escapes in file or class names) made visible."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def answer(text: str) -> None:
+    """Write the answer to stdout.
+
+    Raises:
+        WriteError: stdout cannot be written (exit 5). A closed pipe ends the program quietly.
+    """
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted; keep the interpreter's own flush at exit from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise WriteError(f"cannot write to stdout: {problem.strerror}") from None
+
+
+def document(values: dict[str, Any]) -> str:
+    """One JSON document as text; NaN is refused rather than written, since it is not JSON."""
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def envelope(command: str, **values: Any) -> dict[str, Any]:
+    """The common frame of every JSON answer."""
+    return {"schema": SCHEMA, "command": command, "ok": True, **values}
+
+
+def failure(command: str, error: KdError) -> dict[str, Any]:
+    """The JSON answer of a command that did not succeed."""
+    fields = {"kind": error.kind, "field": error.field, "message": error.message, "hint": error.hint}
+    return {"schema": SCHEMA, "command": command, "ok": False, "error": fields}
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """A plain-text table: first column left, numbers right, fitted to its contents so that pipes can cut it."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(values: Iterable[str]) -> str:
+        parts = [v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True)]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(header), line("-" * w for w in widths), *(line(row) for row in cells)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return printable(str(value))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+class Story:
+    """Notes and progress of the work, on stderr.
+
+    On a terminal a rich progress bar follows the steps; otherwise each epoch is one line, so that logs stay readable.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._drawn = 0.0
+
+    def note(self, text: str) -> None:
+        """One line for people, such as a teacher that is trained on the way."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(printable(text), markup=False, highlight=False)
+        else:
+            self._write(printable(text))
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        """Start following `steps` steps of training, evaluation or probing."""
+        if self.quiet or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.end()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, no_color="NO_COLOR" in os.environ),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(printable(title), total=steps, completed=done, facts="")
+
+    def step(self, done: int, facts: str = "") -> None:
+        """`done` steps are done; drawn at most ten times a second, and `facts` should cost nothing to make."""
+        if self._bar is None or time.monotonic() - self._drawn < 0.1:
+            return
+        self._drawn = time.monotonic()
+        self._bar.update(self._task, completed=done, facts=facts)
+
+    def end(self) -> None:
+        """Stop following."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+        except OSError:  # a closed or full stderr must not stop the work
+            self.quiet = True

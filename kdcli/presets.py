@@ -1,0 +1,165 @@
+"""Presets: TOML files that fill a spec, and the order in which the sources of a setting win.
+
+defaults < the data set's recipe < presets, in the order given < flags < `--set`.
+
+A preset is a partial spec. Its `[about]` table (title, source, published numbers) is for people and is not part of the
+spec. The `command` it was written for is kept only if the command line runs the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kdcli.errors import InputError, UsageError, nearest
+from kdcli.flags import Request, parse_tuple
+from kdcli.specs import RunSpec, validate
+
+_RECIPES = {
+    "cifar100": "cifar",
+    "cifar10": "cifar",
+    "stl10": "cifar",
+    "tinyimagenet": "tinyimagenet",
+    "imagenet": "imagenet",
+    "digits": "digits",
+    "synthetic": "digits",
+}
+
+
+def folder() -> Path:
+    """Where the shipped presets lie: beside the package in a checkout, inside it when installed."""
+    installed = Path(str(resources.files("kdcli"))) / "presets"
+    return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "presets"
+
+
+def names() -> dict[str, Path]:
+    """Preset name → file, for every shipped preset (`recipes/cifar`, `quickstart`, `vsd/fig4a-rot-2x` …)."""
+    root = folder()
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.toml"))}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A preset by name or path as a plain dictionary.
+
+    Raises:
+        UsageError: no such preset, or it is not valid TOML or JSON.
+        InputError: the file cannot be read.
+    """
+    if name == "-":
+        return _parse(sys.stdin.read(), "stdin", json_first=True)
+    shipped = names()
+    if name in shipped:
+        return _parse(shipped[name].read_text("utf-8"), name)
+    path = Path(name)
+    looks_like_path = path.suffix in (".toml", ".json") or "/" in name
+    if path.is_file():
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise InputError(f"cannot read the preset {name}: {problem}") from None
+        return _parse(text, name, json_first=path.suffix == ".json")
+    if looks_like_path and path.suffix:
+        raise UsageError(f"no such file: {name}", field="--preset", hint=nearest(path.stem, shipped))
+    raise UsageError(f"no preset named {name!r}", field="--preset", hint=nearest(name, shipped))
+
+
+def about(name: str) -> dict[str, Any]:
+    """The `[about]` table of a shipped preset."""
+    return _load_toml(names()[name].read_text("utf-8"), name).get("about", {})
+
+
+def _load_toml(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise UsageError(f"{name} is not valid TOML: {problem}", field="--preset") from None
+
+
+def _parse(text: str, name: str, json_first: bool = False) -> dict[str, Any]:
+    if json_first and text.lstrip().startswith("{"):
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as problem:
+            raise UsageError(f"{name} is not valid JSON: {problem}", field="--preset") from None
+    else:
+        values = _load_toml(text, name)
+    values.pop("about", None)
+    return values
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, table by table. A method given by another name replaces the whole method table."""
+    result = dict(base)
+    for key, value in over.items():
+        if key == "method" and isinstance(value, str):
+            value = {"name": value}
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if key == "method" and value.get("name", old.get("name")) != old.get("name"):
+                result[key] = dict(value)
+            else:
+                result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`values` with the dotted `path` set to `value`."""
+    nested: Any = value
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    return merge(values, nested)
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`train.epochs=3` → ("train.epochs", 3): the value as JSON where it is JSON, else as a string.
+
+    Raises:
+        UsageError: there is no `=`, or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{text!r} is not KEY=VALUE", field="--set", hint="for example --set method.lambda4=1")
+    key = key.strip()
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    if key.rpartition(".")[2] in ("milestones", "teacher_taps", "student_taps"):
+        return key, parse_tuple(value)
+    return key, value
+
+
+def resolve(command: str, request: Request) -> RunSpec:
+    """The spec that a command line asks for, before the method's own settings are checked.
+
+    Raises:
+        UsageError: an unknown or invalid setting, named, with a fix.
+    """
+    asked: dict[str, Any] = {}
+    for name in request.presets:
+        preset = read(name)
+        # `kd evaluate`-like commands aside, a preset may serve several commands: what it was written for does not bind.
+        preset.pop("command", None)
+        asked = merge(asked, preset)
+    for path, value in request.flags.items():
+        asked = put(asked, path, value)
+    for text in request.sets:
+        path, value = parse_set(text)
+        asked = put(asked, path, value)
+    data = asked.get("data", {})
+    dataset = str(data.get("dataset", "cifar100")) if isinstance(data, dict) else "cifar100"
+    recipe = read("recipes/probe" if command == "linear-probe" else f"recipes/{recipe_for(dataset)}")
+    return validate(RunSpec, {**merge(recipe, asked), "command": command})
+
+
+def recipe_for(dataset: str) -> str:
+    """The name of a data set's standard recipe under `presets/recipes`."""
+    from kdcli.data.names import canonical
+
+    return _RECIPES.get(canonical(dataset).partition(":")[0], "folder")

@@ -1,0 +1,182 @@
+"""`--dry-run`: what a spec will do and cost, without training anything."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcli import methods, output, teachers
+from kdcli.data.dataset import DataSet
+from kdcli.data.loader import Batch
+from kdcli.engine.device import guarded, open_device
+from kdcli.engine.step import StudentStep, TeacherStep, deploy
+from kdcli.inference import Use
+from kdcli.methods.base import Progress
+from kdcli.models.heads import Headed
+from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, stage_shapes
+from kdcli.networks import compare_classes, load_network
+from kdcli.specs import RunSpec
+from kdcli.training import load_data, make_method, make_network, make_teacher
+
+_TRIAL = 4  # images in the step that is timed
+
+
+def preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
+    """The resolved spec, the networks with their taps, the views, the steps, and an estimate of time and memory.
+
+    Time and memory are measured on one step of 4 images and scaled to the batch.
+
+    Raises:
+        KdError: whatever would stop the run before its first step.
+    """
+    with guarded():
+        return _preview(spec)
+
+
+def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
+    dataset = load_data(spec)
+    method, values = methods.settings(spec)
+    device = open_device(spec.system)
+    networks: dict[str, Any] = {}
+    teacher: Network | Headed | None = None
+    if spec.command == "pretrain-teacher":
+        teacher = make_teacher(spec, method, values, dataset)
+        use = Use(**method.inference(values, "teacher"))
+        networks["teacher"] = _network(teacher, dataset.image_size * use.scale)
+        step: Any = TeacherStep(make_method(spec, dataset, None, teacher), teacher, use, device)
+    else:
+        if method.needs_teacher:
+            teacher = _teacher(spec, dataset)
+            scale = Use(**method.inference(values, "teacher")).scale
+            networks["teacher"] = _network(teacher, dataset.image_size * scale)
+            teacher.requires_grad_(False)
+        student = make_network(spec, "student", method, values, dataset)
+        networks["student"] = _network(student, dataset.image_size)
+        use = Use(**method.inference(values, "student"))
+        step = StudentStep(make_method(spec, dataset, student, teacher), student, teacher, use, device)
+    cost = _cost(spec, step, teacher, dataset, device)
+    steps = math.ceil(len(dataset.train) / spec.train.batch_size)
+    total = min(steps * spec.train.epochs, spec.train.max_steps or steps * spec.train.epochs)
+    seconds = total * cost["seconds_per_step"]
+    document = output.envelope(
+        spec.command,
+        dry_run=True,
+        spec=spec.model_dump(mode="json"),
+        networks=networks,
+        views={role: cost.pop(f"{role}_views") for role in ("student", "teacher") if f"{role}_views" in cost},
+        data={"train": len(dataset.train), "test": len(dataset.test), "classes": len(dataset.classes)},
+        steps={"per_epoch": steps, "total": total},
+        estimate={**cost, "hours": round(seconds / 3600, 3)},
+    )
+    return document, _text(document)
+
+
+def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed:
+    """The teacher file if there is one, else a fresh network of its kind: only shapes and speed matter here."""
+    file = teachers.named_file(spec)
+    if file is None:
+        wanted, file = teachers.find(spec)
+        if file is None:
+            method, values = methods.settings(spec)
+            return make_teacher(wanted, method, values, dataset)
+    loaded = load_network(file)
+    compare_classes(loaded.metadata, dataset, loaded.path)
+    teachers.check(loaded, spec, len(dataset.classes))
+    return loaded.network
+
+
+def _network(network: Network | Headed, size: int) -> dict[str, Any]:
+    backbone = deploy(network)
+    assert isinstance(backbone, Network)
+    shapes = stage_shapes(backbone, size)
+    described = {
+        "arch": backbone.arch,
+        "input_size": size,
+        "outputs": backbone.outputs,
+        "taps": {f"F{i}": list(shape) for i, shape in enumerate(shapes)},
+        "params": parameters_of(backbone),
+        "macs": macs(backbone, size),
+    }
+    if isinstance(network, Headed):
+        described["heads"] = {
+            "count": len(network.heads),
+            "params": parameters_of(network) - parameters_of(backbone),
+            "macs": macs_with_heads(network, size) - macs(backbone, size),
+        }
+    return described
+
+
+class _SavedBytes:
+    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.storages.values())
+
+
+def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Any) -> dict[str, Any]:
+    count = min(_TRIAL, spec.train.batch_size)
+    size = dataset.image_size
+    batch = Batch(
+        torch.randn(count, 3, size, size, device=device.torch).to(memory_format=torch.channels_last),
+        torch.arange(count, device=device.torch) % len(dataset.classes),
+        torch.arange(count, device=device.torch),
+        1.0,
+    )
+    progress = Progress(torch.ones((), device=device.torch), torch.zeros((), device=device.torch), False)
+    device.place(step).train()
+    cost: dict[str, Any] = {}
+    if teacher is not None:
+        device.place(teacher)
+        cost["teacher_views"] = len(step.method.teacher_views(batch, progress)) // count
+        if isinstance(step, StudentStep):
+            teacher.eval()
+    if isinstance(step, StudentStep):
+        cost["student_views"] = len(step.method.student_views(batch, progress)) // count
+    step(batch, progress).total.backward()  # the first step pays for allocation and kernel choice
+    saved = _SavedBytes()
+    started = time.monotonic()
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        step(batch, progress).total.backward()
+    device.synchronize()
+    scale = spec.train.batch_size / count
+    learned = sum(p.numel() * p.element_size() for p in step.parameters() if p.requires_grad)
+    frozen = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
+    images = 0 if dataset.train.images is None else dataset.train.images.nbytes + dataset.test.images.nbytes  # type: ignore[union-attr]
+    activations = max(0, saved.total - learned) * scale / spec.train.accumulate
+    cost["seconds_per_step"] = round((time.monotonic() - started) * scale, 4)
+    cost["memory_mib"] = round((3 * learned + frozen + activations + images) / 2**20)
+    return cost
+
+
+def _text(document: dict[str, Any]) -> str:
+    lines = [output.document(document["spec"]), ""]
+    for role, network in document["networks"].items():
+        taps = "  ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in network["taps"].items())
+        lines.append(
+            f"{role} {network['arch']}: {network['params']:,} parameters, {network['macs']:,} multiply-accumulates at "
+            f"{network['input_size']} pixels, {network['outputs']} outputs; {taps}"
+        )
+        if "heads" in network:
+            heads = network["heads"]
+            lines.append(f"  {heads['count']} heads: {heads['params']:,} parameters, {heads['macs']:,} MACs")
+    estimate, steps = document["estimate"], document["steps"]
+    lines.append("views per image: " + ", ".join(f"{role} {count}" for role, count in document["views"].items()))
+    lines.append(f"steps: {steps['total']:,} ({steps['per_epoch']:,} an epoch, {document['data']['train']:,} images)")
+    lines.append(
+        f"estimate: {estimate['seconds_per_step']:.3f} s a step, {estimate['hours']:.2f} h in all without evaluation, "
+        f"{estimate['memory_mib']:,} MiB"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,5 @@
+"""Answers as text: one small table a command."""
+
+from kdcli.report.tables import distill_table, evaluation_table, fewshot_table, probe_table, runs_table
+
+__all__ = ["distill_table", "evaluation_table", "fewshot_table", "probe_table", "runs_table"]

@@ -1,0 +1,201 @@
+"""A run's directory: its name, its lock, what is in it, and whether it is new, unfinished or finished."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from kdcli import durable
+from kdcli.errors import IncompatibleError
+from kdcli.runlock import hold
+from kdcli.specs import RunSpec
+
+_OWN = ("spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors", "teacher.safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run directory.
+
+    Attributes:
+        status: `new`, `unfinished` (there is a spec and no summary) or `finished`.
+        digest: of the spec's identity; two runs with equal digests compute the same.
+    """
+
+    directory: Path
+    status: Literal["new", "unfinished", "finished"]
+    digest: str
+    spec: RunSpec
+
+    @property
+    def state(self) -> Path:
+        """Where the resume state is kept while the run is unfinished."""
+        return self.directory / "state"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line an epoch."""
+        return self.directory / "metrics.jsonl"
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        return durable.read_json(self.directory / "summary.json")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, which marks the run as finished, and drop the resume state it no longer needs."""
+        durable.write_json(self.directory / "summary.json", summary)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def identity(spec: RunSpec, teacher_digest: str | None = None) -> dict[str, Any]:
+    """The spec's identity; a teacher given as a file counts by its content and not by its path."""
+    values = spec.identity()
+    if teacher_digest is not None:
+        values["teacher"] = f"content:{teacher_digest}"
+    return values
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a plain JSON value in canonical form."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def directory_for(spec: RunSpec, digest: str) -> Path:
+    """`--out`, or `RUNS/<dataset>/<method>-<teacher>-<student>-s<seed>-<digest>` (teachers: `teacher-…`)."""
+    if spec.system.out is not None:
+        return Path(spec.system.out)
+    parts = [spec.method["name"], spec.teacher, spec.student]
+    if spec.command == "pretrain-teacher":
+        parts = ["teacher", *parts]
+    labels = [_label(str(part)) for part in parts if part is not None]
+    name = "-".join([*labels, f"s{spec.seed}", digest[:8]])
+    return Path(spec.system.runs_dir) / _label(spec.data.dataset) / name
+
+
+def _label(text: str) -> str:
+    """A part of a directory name: the last part of a path, without anything a shell or a file system minds."""
+    last = Path(text).stem if text.endswith((".safetensors", ".py")) else Path(text.rstrip("/")).name
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", last).strip("._")[:48] or "x"
+
+
+@contextlib.contextmanager
+def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool = False) -> Iterator[Run]:
+    """Open the spec's run directory, alone, and find out how far it is.
+
+    Args:
+        teacher_digest: content digest of a teacher given as a file.
+        readonly: for ranks other than the first, which look but do not write or lock.
+
+    Raises:
+        BusyError: another process has it open.
+        IncompatibleError: it holds a run with another spec (every differing field is named).
+        WriteError: it cannot be made.
+    """
+    mine = identity(spec, teacher_digest)
+    digest = digest_of(mine)
+    directory = directory_for(spec, digest)
+    if readonly:
+        yield Run(directory, _status(directory), digest, spec)
+        return
+    durable.make_dir(directory)
+    with hold(directory):
+        durable.clean_temps(directory)
+        if (directory / "state").is_dir():
+            durable.clean_temps(directory / "state")
+        if spec.system.overwrite:
+            _clear(directory)
+        status = _status(directory)
+        if status == "new":
+            stray = [name for name in _OWN[1:] if (directory / name).exists()]
+            if stray or (directory / "state").exists():
+                raise IncompatibleError(
+                    f"{directory} holds {stray[0] if stray else 'state'} but no spec.json",
+                    field="--out",
+                    hint="name an empty directory, or --overwrite",
+                )
+            durable.write_json(directory / "spec.json", {**spec.model_dump(mode="json")})
+        else:
+            _refuse_drift(directory, mine)
+        try:
+            yield Run(directory, status, digest, spec)
+        except BaseException:
+            if status == "new" and not (directory / "state").exists():
+                _withdraw(directory)  # nothing was computed: leave nothing behind
+            raise
+
+
+def _status(directory: Path) -> Literal["new", "unfinished", "finished"]:
+    if not (directory / "spec.json").exists():
+        return "new"
+    return "finished" if (directory / "summary.json").exists() else "unfinished"
+
+
+def _clear(directory: Path) -> None:
+    for name in _OWN:
+        with contextlib.suppress(FileNotFoundError):
+            (directory / name).unlink()
+    shutil.rmtree(directory / "state", ignore_errors=True)
+
+
+def _withdraw(directory: Path) -> None:
+    """Remove a run directory in which no run began; anything else in it stays, and so does the directory then."""
+    for name in ("spec.json", "env.json", "metrics.jsonl", ".lock"):
+        with contextlib.suppress(OSError):
+            (directory / name).unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
+    from kdcli.specs import validate
+
+    stored = validate(RunSpec, durable.read_json(directory / "spec.json"))
+    theirs = stored.identity()
+    if str(mine.get("teacher", "")).startswith("content:"):
+        theirs["teacher"] = mine["teacher"]  # checked against the digest in the resume state
+    old, new = _flat(theirs), _flat(mine)
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differing[:6])
+        raise IncompatibleError(
+            f"{directory} holds a run with another spec: {shown}",
+            field="--out",
+            hint="use another directory, or --overwrite to start anew",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:40]
+
+
+def environment(spec: RunSpec) -> dict[str, Any]:
+    """Versions and platform, recorded beside the spec: what is needed to know whether two runs are comparable."""
+    versions = {}
+    for package in ("kdcli", "torch", "torchvision", "timm", "safetensors", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "argv": sys.argv[1:],
+        "seed": spec.seed,
+    }

@@ -1,0 +1,148 @@
+"""timm and torchvision networks without downloads: cut families agree with the library, the rest is tapped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdcli.errors import IncompatibleError, InputError, UsageError
+from kdcli.models import arch_spec, build, foreign, from_arch_spec
+from kdcli.models.heads import Headed, build_heads
+from kdcli.models.hooked import Hooked
+from kdcli.models.network import Network, stage_shapes
+
+TINY = [
+    "timm:resnet18",
+    "timm:vit_tiny_patch16_224",
+    "timm:swin_pico_patch4_window7_224",
+    "timm:convnext_atto",
+    "timm:gmlp_ti16_224",
+    "timm:mobilenetv2_050",
+    "timm:mobilenetv3_small_050",
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v3_small",
+]
+
+
+def scatter(network: nn.Module) -> None:
+    """Moves every weight off its initial value: zero-initialised residual branches would hide mistakes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+
+
+def chain(network: Network, x: torch.Tensor) -> torch.Tensor:
+    """Logits by way of stem, stages and tail."""
+    x = network.stem(x)
+    for i in range(1, network.n_stages + 1):
+        x = network.stage(i, x)
+    return network.tail(x)[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_cut_network_agrees_with_the_library(name: str) -> None:
+    network = build(name, 10, 32).eval()
+    scatter(network)
+    library, _, short = name.partition(":")
+    make = foreign.timm_net if library == "timm" else foreign.torchvision_net
+    original = make(short, 32, False, 10).eval()
+    original.load_state_dict({k.removeprefix("net."): v for k, v in network.state_dict().items()})
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = original(x)
+        features = network.features(x)
+        assert torch.allclose(features.logits, expected, atol=1e-5)
+        assert torch.allclose(chain(network, x), expected, atol=1e-5)
+        assert torch.allclose(network.get_submodule(network.classifier_name)(features.pooled), expected, atol=1e-5)
+    assert network.n_stages == 4
+    assert [tuple(m.shape[1:]) for m in features.maps] == stage_shapes(network, 32)
+    assert all(m.dim() == 4 for m in features.maps)
+    if "resnet" in name:
+        for i in range(1, 5):
+            assert features.preact(i).min() < 0
+            assert torch.equal(F.relu(features.preact(i)), features.maps[i])
+            assert network.preact_norm(i) is not None
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_heads_of_cut_networks(name: str) -> None:
+    network = build(name, 10, 32)
+    headed = Headed(network, build_heads(network, 40)).train()
+    scatter(headed)  # timm starts the classifiers of MLP networks at zero
+    features = headed.features(torch.randn(4, 3, 32, 32))
+    assert [tuple(h.shape) for h in features.heads] == [(4, 40)] * 4
+    sum(h.square().sum() for h in features.heads).backward()  # type: ignore[union-attr]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    assert all(p.grad is not None for p in headed.heads.parameters()), "an unused part was left in a head"
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if "gmlp" not in n])
+def test_twice_the_size_works(name: str) -> None:
+    network = build(name, 10, 32).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_a_mixer_says_why_it_cannot() -> None:
+    network = build("timm:gmlp_ti16_224", 10, 32)
+    with pytest.raises(IncompatibleError, match="32-pixel"):
+        network(torch.randn(2, 3, 64, 64))
+
+
+def test_isotropic_networks_are_cut_as_in_the_literature() -> None:
+    with torch.device("meta"):
+        network = build("timm:vit_tiny_patch16_224", 10, 32)
+    assert [len(names) for names in network.stage_names] == [2, 2, 6, 2]  # type: ignore[attr-defined]
+    assert network.kind == "token"
+
+
+@pytest.mark.parametrize("name", ["timm:regnetx_002", "torchvision:shufflenet_v2_x0_5"])
+def test_unknown_families_are_tapped_by_hooks(name: str) -> None:
+    network = build(name, 10, 32)
+    assert isinstance(network, Hooked)
+    assert [s[1] for s in stage_shapes(network, 32)] == [16, 8, 4, 2, 1]
+    copied = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        features = copied.features(torch.randn(2, 3, 32, 32))
+    assert features.logits.shape == (2, 10)
+    assert features.pooled.shape == (2, network.pooled_dim)
+    with pytest.raises(IncompatibleError, match="hooks"):
+        build_heads(network, 40)
+    with pytest.raises(IncompatibleError):
+        network.stage(1, features.maps[0])
+
+
+def test_taps_by_pattern() -> None:
+    network = build("timm:resnet18", 10, 32, taps=("layer[23]", "layer4"))
+    assert network.n_stages == 3
+    assert stage_shapes(network, 32)[1:] == [(128, 4, 4), (256, 2, 2), (512, 1, 1)]
+    again = from_arch_spec(arch_spec(network))
+    assert stage_shapes(again, 32) == stage_shapes(network, 32)
+    with pytest.raises(UsageError, match="layer9"):
+        build("timm:resnet18", 10, 32, taps=("layer9",))
+
+
+def test_tapped_map_is_not_overwritten_in_place() -> None:
+    network = build("timm:resnet18", 10, 32, taps=("bn1", "layer4"))
+    with torch.no_grad():
+        assert network.features(torch.randn(2, 3, 32, 32)).stages[0].min() < 0
+
+
+def test_native_sizes() -> None:
+    assert foreign.native_size("timm:vit_tiny_patch16_224") == 224
+    assert foreign.native_size("torchvision:resnet18") == 224
+
+
+def test_missing_weights_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> nn.Module:
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(foreign, "timm_net", offline)
+    with pytest.raises(InputError, match="no route to host") as caught:
+        build("timm:resnet18", 10, 32, pretrained=True)
+    assert "\n" not in str(caught.value)
