@@ -137,7 +137,7 @@ def _raw(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], memoryview]:
     if name not in spelling:
         raise ValueError(f"a checkpoint cannot hold {tensor.dtype}")
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return spelling[name], tuple(tensor.shape), memoryview(flat.numpy()) if len(flat) else memoryview(b"")
+    return spelling[name], tuple(tensor.shape), flat.numpy().data if len(flat) else memoryview(b"")
 
 
 def _label(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -227,7 +227,7 @@ def load(
         for entry in header.entries:
             # Each tensor gets memory of its own, never more than the file has: the header was checked against its size.
             tensor = torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype][0]))
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            view = tensor.reshape(-1).view(torch.uint8).numpy().data
             _read_into(fd, view, entry.offset)
             content.update(_label(entry.name, entry.dtype, entry.shape))
             content.update(view)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcli.errors import UsageError, nearest
 from kdcli.transforms import INFERENCE, expand, fold, rescale, views
 
 
@@ -61,6 +62,8 @@ class Classifier(nn.Module):
 
     def __init__(self, network: nn.Module, use: Use, metadata: dict[str, Any], inference: str = "single") -> None:
         super().__init__()
+        if inference not in INFERENCE:
+            raise UsageError(f"no inference mode {inference!r}", field="inference", hint=nearest(inference, INFERENCE))
         self.network, self.use, self.inference = network, use, inference
         self.metadata = metadata
         self.classes: tuple[str, ...] = tuple(metadata["classes"])

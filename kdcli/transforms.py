@@ -27,9 +27,13 @@ def check(transform: str, field: str = "method.transform") -> str:
     Raises:
         UsageError: it does not.
     """
-    for part in transform.split("x"):
+    parts = transform.split("x")
+    for part in parts:
         if part not in _VIEWS:
             raise UsageError(f"no transformation named {transform!r}", field=field, hint=nearest(part, _VIEWS))
+    families = [part.rstrip("0123456789") for part in parts]
+    if len(set(families)) < len(families):
+        raise UsageError(f"{transform} shows some view twice", field=field, hint="each kind of transformation once")
     return transform
 
 

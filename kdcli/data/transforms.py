@@ -48,7 +48,7 @@ def transform(size: int, augment: str, *, train: bool, files: bool) -> Transform
     if augment == "resized-crop":
         return v2.Compose([v2.RandomResizedCrop(size, antialias=True), flip])
     if augment == "rotation":
-        return v2.Compose([_Square(size), v2.RandomRotation(20), flip])
+        return v2.Compose([_Square(size), v2.RandomRotation([-20, 20]), flip])
     if augment == "crop":
         return v2.Compose([_Square(size), v2.RandomCrop(size, padding=size // 8), flip])
     return v2.Compose([_Square(size), flip]) if augment == "flip" else _Square(size)

@@ -32,7 +32,7 @@ def rate(spec: TrainSpec, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0.
 
     `step` decays at the start of the epoch after a milestone (0-based epoch index ≥ milestone), as RepDistiller and HSAKD
-    do; `cosine` and `onecycle` move every step. Warm-up rises linearly from lr/warm-up steps.
+    do; `cosine` and `onecycle` move every step. Warm-up of W steps rises linearly: lr·(step+1)/(W+1).
     """
     assert spec.lr is not None
     total = spec.epochs * steps_per_epoch

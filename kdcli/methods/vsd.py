@@ -116,17 +116,24 @@ class VSD(Method):
         if student is None or teacher is None:
             return
         on_maps = spec.kd1_target != "head_logits"
-        if spec.lambda1 == 0 and spec.lambda4 == 0:
-            return
         backbone, teacher_heads = (teacher.network, len(teacher.heads)) if isinstance(teacher, Headed) else (teacher, 0)
-        if spec.lambda1 and not on_maps and teacher_heads == 0:
+        reads_heads = spec.lambda1 > 0 and not on_maps
+        if reads_heads and teacher_heads == 0:
             raise IncompatibleError(
                 "the teacher has no auxiliary heads, which KD1 compares",
                 field="--teacher",
                 hint=f"make one: kd pretrain-teacher --method vsd --teacher {backbone.arch}, or --set method.lambda1=0",
             )
-        count = min(len(student.head_taps), teacher_heads or len(backbone.head_taps), spec.stages or 99)
-        self.count = count
+        if isinstance(teacher, Headed) and reads_heads:
+            self._check_heads(teacher)
+        most = min(len(student.head_taps), teacher_heads or len(backbone.head_taps))
+        if (spec.stages or 1) > most:
+            raise IncompatibleError(
+                f"{student.arch} and {backbone.arch} share {most} stages, not {spec.stages}", field="method.stages"
+            )
+        count = self.count = spec.stages or most
+        if spec.lambda1 == 0 and spec.lambda4 == 0:
+            return
         self.taps = student.head_taps[-count:]
         self.teacher_taps = backbone.head_taps[-count:]
         shapes = stage_shapes(student, setting.image_size)
@@ -140,14 +147,30 @@ class VSD(Method):
             self.student_heads = nn.ModuleList()
         self.blocks = blocks
         self.connectors = nn.ModuleList()
-        if on_maps:
+        if on_maps and spec.lambda1:
             teacher_shapes = stage_shapes(backbone, setting.image_size * spec.teacher_scale)
             for tap, teacher_tap in zip(self.taps, self.teacher_taps, strict=True):
                 self.connectors.append(_connector(shapes[tap][0], teacher_shapes[teacher_tap][0]))
 
+    def _check_heads(self, teacher: Headed) -> None:
+        wanted = self.setting.classes * views(self.spec.teacher_transform or self.spec.transform)
+        found = getattr(teacher.heads[-1], "outputs", wanted)
+        if found != wanted:
+            raise IncompatibleError(
+                f"the teacher's auxiliary heads have {found} outputs, and the method needs {wanted}",
+                field="--teacher",
+                hint=f"make one that fits: kd pretrain-teacher --method vsd --teacher {teacher.network.arch}",
+            )
+
     @classmethod
     def check(cls, spec: Any) -> None:
         """Raise `UsageError` for combinations that have no meaning."""
+        if spec.lambda2 == 0 and spec.lambda3 == 0:
+            raise UsageError(
+                "lambda2 and lambda3 are both 0, so nothing trains the main head, which is what is evaluated",
+                field="method.lambda3",
+                hint="give one of them a weight",
+            )
         if spec.teacher_scale == 1 and spec.scale_policy == "mixed":
             raise UsageError(
                 "mixed needs a teacher_scale of 2 or 4", field="method.scale_policy", hint="fixed, or a larger scale"
@@ -241,7 +264,7 @@ class VSD(Method):
         if spec.lambda1:
             terms["kd1"] = spec.lambda1 * torch.stack(self._hierarchical(student, teacher)).sum()
         if spec.lambda2:
-            times = self.count if spec.kd2_times_k and spec.lambda1 else 1
+            times = self.count if spec.kd2_times_k else 1
             terms["kd2"] = spec.lambda2 * times * self._compare(student.logits, teacher.logits, spec.kd2_space)
         if spec.lambda3:
             terms["agg1"] = spec.lambda3 * self._supervised(student.logits, batch.labels)

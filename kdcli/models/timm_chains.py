@@ -161,7 +161,7 @@ class TimmConvNeXt(Chain):
         return cls(create, net, [[f"stages.{i}"] for i in range(len(cast(ConvNeXt, net).stages))], "head.fc", first)
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(ConvNeXt, self.net).stem(x)
+        return cast(ConvNeXt, self.net).stem(x)  # type: ignore[operator]
 
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         net = cast(ConvNeXt, self.net)
