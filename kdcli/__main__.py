@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 
 from kdcli import output
-from kdcli.errors import KdError
+from kdcli.errors import KdError, Stopped, UsageError, WriteError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,12 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     arguments = [word for word in arguments if word != "--verbose"]
-    code = run(arguments, verbose=verbose)
-    if "RANK" in os.environ:
-        from kdcli.engine.launch import note_code
-
-        note_code(code)
-    sys.exit(code)
+    sys.exit(run(arguments, verbose=verbose))
 
 
 def run(arguments: list[str], *, verbose: bool = False) -> int:
@@ -28,17 +24,11 @@ def run(arguments: list[str], *, verbose: bool = False) -> int:
     from kdcli.cli import app
 
     try:
-        try:
-            return int(app(arguments, prog_name="kd", standalone_mode=False) or 0)
-        except KdError as error:
-            _tell(error, arguments)
-            return error.code
-    except KdError as error:  # the failure's own JSON could not be written
-        _line(error.line())
-        return error.code
+        return int(app(arguments or ["--help"], prog_name="kd", standalone_mode=False) or 0)
+    except KdError as error:
+        return _fail(error, arguments)
     except KeyboardInterrupt:
-        _line("interrupted")
-        return 130
+        return _fail(Stopped("interrupted", 130), arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
@@ -48,22 +38,32 @@ def run(arguments: list[str], *, verbose: bool = False) -> int:
         # Typer's own usage errors, recognised by what they can do and not by a private module's name.
         message = getattr(problem, "format_message", None)
         if message is not None:
-            _line(" ".join(str(message()).split()))
-            return int(getattr(problem, "exit_code", 2))
+            return _fail(UsageError(" ".join(str(message()).split())), arguments)
+        if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # help texts are written by Typer
+            return _fail(WriteError(f"cannot write: {problem.strerror}", hint="free some space"), arguments)
         if verbose:
             traceback.print_exc()
         where = traceback.extract_tb(problem.__traceback__)[-1]
-        hint = "" if verbose else "; --verbose shows the traceback"
-        _line(
-            f"a bug in kd: {type(problem).__name__}: {problem} at {os.path.basename(where.filename)}:{where.lineno}{hint}"
-        )
-        return 1
+        text = f"{type(problem).__name__}: {problem} at {os.path.basename(where.filename)}:{where.lineno}"
+        hint = None if verbose else "--verbose shows the traceback"
+        return _fail(KdError(f"a bug in kd: {text}", hint=hint), arguments)
 
 
-def _tell(error: KdError, arguments: list[str]) -> None:
+def _fail(error: KdError, arguments: list[str]) -> int:
+    """Say what is wrong, once: one line on stderr, and one JSON document on stdout if asked for; the exit code."""
+    if "RANK" in os.environ:
+        from kdcli.engine.launch import claim
+
+        if not claim(error.code):
+            return error.code
     if "--json" in arguments:
-        output.answer(output.document(output.failure(next(iter(arguments), ""), error)))
+        try:
+            output.answer(output.document(output.failure(next(iter(arguments), ""), error)))
+        except KdError as problem:  # the failure's own JSON could not be written
+            error = problem
     _line(error.line())
+    return error.code
 
 
 def _line(text: str) -> None:

@@ -253,13 +253,12 @@ def _evaluate(
         workers=workers,
         story=output.Story(quiet=quiet),
     )
-    short = None
-    if min_top1 is not None and document["metrics"]["test"]["top1"] < min_top1:
-        short = f"top-1 is {document['metrics']['test']['top1']:.2f} %, below {min_top1:g} %"
-        document["threshold"] = {"min_top1": min_top1, "met": False}
+    error = None
+    if min_top1 is not None and (top1 := document["metrics"]["test"]["top1"]) < min_top1:
+        error = ThresholdError(f"top-1 is {top1:.2f} %, below {min_top1:g} %", field="--min-top1")
+        document |= output.failure("evaluate", error)
     _answer(document, report.evaluation_table(document), json_)
-    if short is not None:
-        error = ThresholdError(short, field="--min-top1")
+    if error is not None:
         typer.echo(f"error: {error.line()}", err=True)
         raise typer.Exit(error.code)
 

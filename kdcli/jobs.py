@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from kdcli import methods
 from kdcli.engine import distributed
-from kdcli.engine.signals import StopFlag
+from kdcli.engine.signals import StopFlag, listening
 from kdcli.errors import UsageError
 from kdcli.output import Story, envelope
 from kdcli.specs import RunSpec
 
 
-def _begin(spec: RunSpec) -> StopFlag:
-    """Join the other ranks, if any, and start the clock of `--max-minutes`."""
+@contextlib.contextmanager
+def _joined(spec: RunSpec, story: Story) -> Iterator[StopFlag]:
+    """Join the other ranks, if any, start the clock of `--max-minutes`, and mind the stop signals."""
     import torch
 
     cuda = spec.system.device.startswith("cuda") or (spec.system.device == "auto" and torch.cuda.is_available())
-    distributed.start(spec.system.rank_timeout, cuda)
-    return StopFlag(spec.system.max_minutes, spec.system.requeue)
+    stop = StopFlag(spec.system.max_minutes, spec.system.requeue)
+    with listening(stop, at_once=True):
+        try:
+            distributed.start(spec.system.rank_timeout, cuda)
+            yield stop
+        finally:
+            story.end()
+            distributed.stop()
 
 
 def teacher(spec: RunSpec, story: Story) -> dict[str, Any]:
     """`kd pretrain-teacher`."""
     from kdcli.training import pretrain_teacher
 
-    stop = _begin(spec)
-    try:
+    with _joined(spec, story) as stop:
         return pretrain_teacher(spec, story, stop)
-    finally:
-        story.end()
-        distributed.stop()
 
 
 def students(spec: RunSpec, seeds: list[int], story: Story, *, auto_teacher: bool) -> dict[str, Any]:
@@ -39,12 +44,8 @@ def students(spec: RunSpec, seeds: list[int], story: Story, *, auto_teacher: boo
 
     One seed without a baseline answers with the run's own summary; otherwise with `runs` and their aggregate.
     """
-    stop = _begin(spec)
-    try:
+    with _joined(spec, story) as stop:
         runs = _runs(spec, seeds, story, stop, auto_teacher)
-    finally:
-        story.end()
-        distributed.stop()
     if len(runs) == 1:
         return runs[0]
     return envelope("distill", runs=runs, aggregate=aggregate(runs))
@@ -58,16 +59,12 @@ def fewshot(
         raise UsageError("a ratio lies between 0 and 1", field="--ratio", hint="for example --ratio 0.25")
     if spec.system.out is not None and len(ratios) > 1:
         raise UsageError("names one directory, and there are several ratios", field="--out", hint="use --runs-dir")
-    stop = _begin(spec)
     table = []
-    try:
+    with _joined(spec, story) as stop:
         for ratio in ratios:
             part = spec.model_copy(update={"data": spec.data.model_copy(update={"ratio": ratio})})
             runs = _runs(part, seeds, story, stop, auto_teacher)
             table.append({"ratio": ratio, "runs": runs, "aggregate": aggregate(runs)})
-    finally:
-        story.end()
-        distributed.stop()
     return envelope("fewshot", ratios=table)
 
 
@@ -75,12 +72,8 @@ def probes(specs: list[RunSpec], story: Story) -> dict[str, Any]:
     """`kd linear-probe`: a probe a data set."""
     from kdcli.probe import probe
 
-    stop = _begin(specs[0])
-    try:
+    with _joined(specs[0], story) as stop:
         return envelope("linear-probe", runs=[probe(spec, story, stop) for spec in specs])
-    finally:
-        story.end()
-        distributed.stop()
 
 
 def _runs(spec: RunSpec, seeds: list[int], story: Story, stop: StopFlag, auto_teacher: bool) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def tensors_of(network: Network | Headed) -> dict[str, torch.Tensor]:
         return dict(network.state_dict())
     heads = {f"heads.{key}": value for key, value in network.heads.state_dict().items()}
     return {**network.network.state_dict(), **heads}
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 (hex) of a module's parameters and buffers, to show that a frozen network stayed as it was."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        content.update(name.encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def describe(network: Network | Headed, dataset: DataSet, use: Use) -> dict[str, Any]:

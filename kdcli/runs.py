@@ -124,7 +124,9 @@ def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool
                     field="--out",
                     hint="name an empty directory, or --overwrite",
                 )
-            durable.write_json(directory / "spec.json", {**spec.model_dump(mode="json")})
+            # Not `overwrite`: run again as a preset, it would erase the very run that wrote it.
+            stored = spec.model_copy(update={"system": spec.system.model_copy(update={"overwrite": False})})
+            durable.write_json(directory / "spec.json", stored.model_dump(mode="json"))
         else:
             _refuse_drift(directory, mine)
         try:
@@ -164,7 +166,7 @@ def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
     theirs = stored.identity()
     if str(mine.get("teacher", "")).startswith("content:"):
         theirs["teacher"] = mine["teacher"]  # checked against the digest in the resume state
-    old, new = _flat(theirs), _flat(mine)
+    old, new = flat(theirs), flat(mine)
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differing[:6])
@@ -175,11 +177,12 @@ def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path."""
+    paths: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        paths |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return paths
 
 
 def _short(value: Any) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli import checkpoint, methods
+from kdcli import checkpoint, methods, presets
 from kdcli.errors import IncompatibleError, InputError, UsageError
+from kdcli.flags import Request
 from kdcli.models.names import canonical
-from kdcli.runs import digest_of, directory_for, identity
-from kdcli.specs import RunSpec
+from kdcli.runs import digest_of, directory_for, flat, identity
+from kdcli.specs import RunSpec, field_paths
 
 if TYPE_CHECKING:
     from kdcli.networks import Loaded
@@ -70,12 +73,24 @@ def find(spec: RunSpec) -> tuple[RunSpec, Path | None]:
 
 
 def command_for(wanted: RunSpec) -> str:
-    """The shell command that trains this teacher."""
-    parts = [f"kd pretrain-teacher --method {wanted.method['name']} --teacher {wanted.teacher}"]
-    parts.append(f"--dataset {wanted.data.dataset}")
-    if wanted.train.max_steps:
-        parts.append(f"--max-steps {wanted.train.max_steps}")
-    return " ".join([*parts, f"--epochs {wanted.train.epochs}", f"--runs-dir {wanted.system.runs_dir}"])
+    """The shell command that trains this teacher, with every setting in which it differs from the standard recipe."""
+    words = {"method": wanted.method["name"], "teacher": wanted.teacher, "data.dataset": wanted.data.dataset}
+    bare = methods.resolve(presets.resolve("pretrain-teacher", Request(words, [], [], False, False, False)))
+    standard, mine = flat(bare.identity()), flat(wanted.identity())
+    mine |= {"data.data_dir": wanted.data.data_dir, "system.runs_dir": wanted.system.runs_dir}
+    standard |= {"data.data_dir": None, "system.runs_dir": "runs"}
+    parts = ["kd pretrain-teacher"]
+    parts += ["--method", shlex.quote(words["method"]), "--teacher", wanted.teacher or ""]
+    parts += ["--dataset", shlex.quote(words["data.dataset"])]
+    flags = {path: f"--{leaf.replace('_', '-')}" for leaf, path in field_paths().items()}
+    for path, value in mine.items():
+        if value == standard.get(path):
+            continue
+        if path in flags and isinstance(value, int | float | str) and not isinstance(value, bool):
+            parts += [flags[path], shlex.quote(str(value))]
+        else:
+            parts += ["--set", shlex.quote(f"{path}={json.dumps(value)}")]
+    return " ".join(parts)
 
 
 def check(loaded: Loaded, spec: RunSpec, classes: int) -> None:

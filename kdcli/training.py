@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from kdcli.methods.base import Method, Setting
 from kdcli.models import build
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, parameters_of
-from kdcli.networks import Loaded, compare_classes, describe, load_network, tensors_of
+from kdcli.networks import Loaded, compare_classes, describe, fingerprint, load_network, tensors_of
 from kdcli.output import Story, envelope
 from kdcli.runs import Run, environment, open_run
 from kdcli.specs import RunSpec
@@ -139,7 +141,7 @@ def open_recorded_device(spec: RunSpec, run: Run) -> Device:
     if run.status == "unfinished" and (run.directory / "env.json").exists():
         recorded = durable.read_json(run.directory / "env.json").get("threads")
     device = open_device(spec.system, recorded)
-    if run.status == "new" and distributed.rank() == 0:
+    if recorded is None and distributed.rank() == 0:
         durable.write_json(run.directory / "env.json", {**environment(spec), "threads": device.threads})
     return device
 
@@ -201,13 +203,26 @@ def _summary(run: Run, fitted: Fitted, device: Device, network: nn.Module, use: 
     )
 
 
+@contextlib.contextmanager
+def _opened(spec: RunSpec, digest: str | None = None) -> Iterator[Run]:
+    """`open_run` on every rank: the first makes or clears the directory before the others look, and writes all."""
+    first = distributed.rank() == 0
+    if not first:
+        distributed.barrier()
+    with open_run(spec, digest, readonly=not first) as run:
+        if first:
+            distributed.barrier()
+        yield run
+        distributed.barrier()  # what the first has written is there when the others go on
+
+
 def pretrain_teacher(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
     """Train the teacher that `spec` (a resolved `pretrain-teacher` spec) describes; its summary.
 
     A finished run is not repeated, an unfinished one goes on.
     """
     first = distributed.rank() == 0
-    with guarded(), open_run(spec, readonly=not first) as run:
+    with guarded(), _opened(spec) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
@@ -285,7 +300,7 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
         if (file := teachers.named_file(spec)) is not None:
             digest = checkpoint.digest(file)
     first = distributed.rank() == 0
-    with guarded(), open_run(spec, digest, readonly=not first) as run:
+    with guarded(), _opened(spec, digest) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
@@ -309,7 +324,10 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
             facts["teacher"] = loaded.digest
         use = Use(**method.inference(values, "student"))
         step = StudentStep(objective, student, teacher, use, device)
+        before = None if teacher is None else fingerprint(teacher)
         fitted, _ = _fit(run, step, use, dataset, device, story, stop, facts)
+        if teacher is not None and fingerprint(teacher) != before:
+            raise RuntimeError("the frozen teacher changed during the training")
         summary = _summary(run, fitted, device, student, use, "student.safetensors")
         if told:
             summary["teacher"] = told

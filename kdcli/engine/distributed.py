@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli.errors import WorkerError
 
@@ -66,6 +66,13 @@ def any_of(value: int, device: torch.device) -> int:
     number = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number.item())
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the first rank's buffers."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def barrier() -> None:

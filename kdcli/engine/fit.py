@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,7 +123,9 @@ class _Training:
         """The step as it is called: compiled if asked for, synchronised over ranks if there are several."""
         module: nn.Module = self.module
         if distributed.world() > 1 and any(p.requires_grad for p in module.parameters()):
-            module = DistributedDataParallel(module, broadcast_buffers=False)
+            with warnings.catch_warnings():  # newer torch calls the argument forward_sync_buffers, 2.10 does not know it
+                warnings.simplefilter("ignore", FutureWarning)
+                module = DistributedDataParallel(module, broadcast_buffers=False)
         # dynamic=False: a graph per batch size; a graph made general half-way would change the bits of a resumed run.
         return torch.compile(module, dynamic=False) if self.spec.system.compile else module
 
@@ -267,6 +270,7 @@ class _Training:
 
     def _evaluate(self, epoch: int, modes: tuple[str, ...]) -> dict[str, Evaluated]:
         network = deploy(self.average.module if self.average is not None else self.job.step.trained)
+        distributed.share_buffers(network)  # each rank kept BatchNorm statistics of its own; the first's are exported
 
         def tick(done: int, of: int) -> None:
             if distributed.world() == 1 and (code := self.job.stop.code):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,34 +13,62 @@ _CODE_FILE = "KD_EXIT_CODE_FILE"
 
 
 def launch(nproc: int) -> None:
-    """Run this very command line on `nproc` ranks and leave with their exit code.
+    """Run this very command line on `nproc` ranks and leave with their exit code; stop signals are passed on to them.
 
     Under the launcher a failing rank's code is lost (it leaves with 1), so the first rank to fail notes its code in a
-    file.
+    file, and is the one that says why.
 
     Raises:
         SystemExit: with the code of the first rank that failed, if one did.
         WorkerError: a rank died without a word.
     """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # the launcher's own report of a failure: a page that says less than the rank did
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id="kd",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "code"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        environment = {**os.environ, _CODE_FILE: str(noted), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        done = subprocess.run([*command, "-m", "kdcli", *sys.argv[1:]], env=environment, check=False)
-        if done.returncode == 0:
-            return
+        os.environ[_CODE_FILE] = str(noted)
+        died = ""
+        try:
+            elastic_launch(config, sys.executable)("-m", "kdcli", *sys.argv[1:])
+        except (ChildFailedError, SignalException) as problem:
+            died = str(problem).split("\n")[0]
+            if isinstance(problem, ChildFailedError):
+                first = problem.get_first_failure()[1]
+                died = f"rank {first[0] if isinstance(first, tuple) else first.local_rank} left with {first.exitcode}"
+        finally:
+            os.environ.pop(_CODE_FILE)
         if noted.exists():
             sys.exit(int(noted.read_text()))
-    raise WorkerError(f"a rank died without a word (the launcher left with {done.returncode})")
+    if died:
+        raise WorkerError(f"a rank died without a word: {died}", hint="run the same command again to go on")
 
 
-def note_code(code: int) -> None:
-    """Note the exit code of a rank that fails, for `launch`; the first one to fail wins."""
+def claim(code: int) -> bool:
+    """Note the exit code of a rank that fails, for `launch`; False if another one was first, which then speaks for all."""
     path = os.environ.get(_CODE_FILE)
-    if path is None or code == 0:
-        return
+    if path is None or "RANK" not in os.environ or code == 0:
+        return True
     try:
         with open(path, "x") as file:
             file.write(str(code))
-    except OSError:  # another rank was first
+    except FileExistsError:
+        return False
+    except OSError:
         pass
+    return True

@@ -47,13 +47,22 @@ def stopped(code: int, where: str) -> Stopped:
 
 
 @contextlib.contextmanager
-def listening(flag: StopFlag) -> Iterator[None]:
-    """Let `flag` receive the stop signals for the duration of the block (in the main thread; elsewhere nothing)."""
+def listening(flag: StopFlag, *, at_once: bool = False) -> Iterator[None]:
+    """Let `flag` receive the stop signals for the duration of the block (in the main thread; elsewhere nothing).
+
+    Args:
+        at_once: raise `Stopped` where the signal finds the program, which is right while nothing is being trained.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        flag.receive(number, frame)
+        raise stopped(flag.code, "all there was")
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     names = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-    before = {name: signal.signal(name, flag.receive) for name in names}
+    before = {name: signal.signal(name, leave if at_once else flag.receive) for name in names}
     try:
         yield
     finally:

@@ -126,7 +126,9 @@ def resolve(spec: RunSpec) -> RunSpec:
             )
         changes["lr"] = explicit or rate(spec.student)
         if method.needs_teacher and spec.teacher is not None:
-            changes["teacher_lr"] = train.teacher_lr or explicit or rate(_name_or_none(spec.teacher))
+            name = "" if Path(spec.teacher).exists() else _name_or_none(spec.teacher)
+            changes["teacher_lr"] = train.teacher_lr or explicit or rate(name)
+            update["teacher"] = name or spec.teacher  # one spelling, so that WRN-40-2 and wrn40_2 are the same run
         else:
             changes["teacher_lr"] = None
     update["method"] = values.model_dump(mode="json")

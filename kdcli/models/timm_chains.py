@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.models.convnext import ConvNeXt
@@ -161,11 +161,11 @@ class TimmConvNeXt(Chain):
         return cls(create, net, [[f"stages.{i}"] for i in range(len(cast(ConvNeXt, net).stages))], "head.fc", first)
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(ConvNeXt, self.net).stem(x)  # type: ignore[operator]
+        return cast(ConvNeXt, self.net).stem(x)
 
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         net = cast(ConvNeXt, self.net)
-        pooled = net.forward_head(net.norm_pre(x), pre_logits=True)
+        pooled = net.forward_head(cast(Any, net.norm_pre)(x), pre_logits=True)
         return pooled, self.classify(pooled)
 
 

@@ -1,0 +1,228 @@
+"""What every shipped method promises, whatever the pair: one training step of its student and of its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdcli import methods, teachers
+from kdcli.data.dataset import DataSet, Split
+from kdcli.data.loader import Batch
+from kdcli.engine import optim
+from kdcli.engine.device import Device
+from kdcli.engine.step import Step, StepOutput, StudentStep, TeacherStep, deploy
+from kdcli.errors import IncompatibleError
+from kdcli.inference import Use
+from kdcli.methods.base import Progress
+from kdcli.models import build
+from kdcli.networks import tensors_of
+from kdcli.specs import RunSpec
+from kdcli.training import make_method, make_network, make_teacher
+
+CPU = Device(torch.device("cpu"), "fp32", 1)
+PROGRESS = Progress(torch.tensor(1.0), torch.tensor(0.0), odd_step=False)
+K = 10
+PAIRS = [
+    ("wrn40_2", "wrn16_2"),
+    ("vgg13", "mobilenetv2"),
+    ("resnet32x4", "shufflenetv2"),
+    ("timm:vit_tiny_patch16_224", "resnet20"),
+]
+# Too slow for every run: VSD shows its teacher 4 views at 64 pixels, with heads (40 GMAC an image for resnet32x4).
+SLOW = {("vsd", "resnet32x4", "student"), ("vsd", "resnet32x4", "teacher"), ("vsd", "vgg13", "teacher")}
+
+
+def cases(role: str) -> list[Any]:
+    """Every shipped method with every pair (role student) or every teacher (role teacher)."""
+    found = []
+    for name in methods.SHIPPED:
+        takes_teacher = methods.method_class(name).needs_teacher
+        for teacher, student in PAIRS:
+            marks = [pytest.mark.slow] if (name, teacher, role) in SLOW else []
+            pair = (teacher if takes_teacher or role == "teacher" else None, student if role == "student" else None)
+            label = "-".join([name, *(part.removeprefix("timm:") for part in pair if part)])
+            found.append(pytest.param((name, *pair), id=label, marks=marks))
+    return found
+
+
+def dataset() -> DataSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2 * K, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    split = Split.of(torch.arange(2 * K) % K, images=images)
+    names = tuple(f"c{i}" for i in range(K))
+    return DataSet("synthetic", names, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), split, split)
+
+
+def batch(size: int = 2) -> Batch:
+    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, torch.arange(size) * 7 % K, torch.arange(size), 1.0)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@dataclass
+class Stepped:
+    """A step that has been taken once: what it was made of, what it gave, and what was there before."""
+
+    spec: RunSpec
+    step: Step
+    teacher: nn.Module | None
+    teacher_before: dict[str, Tensor]
+    before: dict[str, Tensor]
+    output: StepOutput
+    gradients: dict[str, Tensor | None]
+
+
+def resolved(name: str, teacher: str | None, student: str | None, command: str) -> RunSpec:
+    values = {"command": command, "method": name, "teacher": teacher, "student": student, "data": {"dataset": "synthetic"}}
+    return methods.resolve(RunSpec.model_validate(values))
+
+
+def make(name: str, teacher: str | None, student: str | None) -> tuple[RunSpec, Step, nn.Module | None]:
+    """The step as `kd distill` (with a student) or `kd pretrain-teacher` (without) builds it."""
+    data = dataset()
+    if student is None:
+        spec = resolved(name, teacher, None, "pretrain-teacher")
+        method, values = methods.settings(spec)
+        network = CPU.place(make_teacher(spec, method, values, data))
+        objective = CPU.place(make_method(spec, data, None, network))
+        use = Use(**method.inference(values, "teacher"))
+        return spec, TeacherStep(objective, network, use, CPU).train(), None
+    spec = resolved(name, teacher, student, "distill")
+    method, values = methods.settings(spec)
+    taught = None
+    if teacher is not None:
+        wanted = teachers.spec_for(spec)
+        taught = make_teacher(wanted, *methods.settings(wanted), data)
+        taught = CPU.place(taught.eval().requires_grad_(False))
+    network = CPU.place(make_network(spec, "student", method, values, data))
+    objective = CPU.place(make_method(spec, data, network, taught))
+    use = Use(**method.inference(values, "student"))
+    return spec, StudentStep(objective, network, taught, use, CPU).train(), taught
+
+
+def take(name: str, teacher: str | None, student: str | None) -> Stepped:
+    """One forward and backward pass on two images and one update."""
+    spec, step, taught = make(name, teacher, student)
+    before, teacher_before = state(step), {} if taught is None else state(taught)
+    optimizer = optim.optimizer(spec.train, [p for p in step.parameters() if p.requires_grad], cuda=False)
+    torch.manual_seed(1)
+    output = step(batch(), PROGRESS)
+    output.total.backward()
+    gradients = {n: None if p.grad is None else p.grad.clone() for n, p in step.named_parameters() if p.requires_grad}
+    optimizer.step()
+    return Stepped(spec, step, taught, teacher_before, before, output, gradients)
+
+
+def check_step(stepped: Stepped) -> None:
+    """What holds for students and teachers alike."""
+    terms = torch.stack(list(stepped.output.terms.values()))
+    assert torch.isfinite(stepped.output.total)
+    assert stepped.output.total.item() == pytest.approx(terms.sum().item(), rel=1e-6)
+    assert all(term >= 0 for term in terms)
+    assert 0 <= stepped.output.correct.item() <= 2
+    # A parameter without a gradient would stop a run on several ranks, and would be a term nobody notices missing.
+    assert not [name for name, grad in stepped.gradients.items() if grad is None]
+    assert all(torch.isfinite(grad).all() for grad in stepped.gradients.values() if grad is not None)
+    after = state(stepped.step)
+    for name, value in after.items():
+        if name.endswith("num_batches_tracked"):
+            assert value.item() == stepped.before[name].item() + 1, name
+    moved = [name for name in stepped.gradients if not torch.equal(after[name], stepped.before[name])]
+    assert len(moved) == len(stepped.gradients)  # weight decay alone moves even those whose gradient rounds to zero
+
+
+@pytest.fixture(scope="module", params=cases("student"))
+def student(request: pytest.FixtureRequest) -> Stepped:
+    return take(*request.param)
+
+
+@pytest.fixture(scope="module", params=cases("teacher"))
+def teacher(request: pytest.FixtureRequest) -> Stepped:
+    return take(*request.param)
+
+
+def test_a_step_trains_student_and_method(student: Stepped) -> None:
+    """Finite loss, terms that sum to it, a gradient and an update everywhere, BatchNorm statistics updated once."""
+    check_step(student)
+
+
+def test_the_frozen_teacher_stays_as_it_was(student: Stepped) -> None:
+    """No gradient, no update, no BatchNorm statistic; nothing of it is in the step's parameters or state."""
+    if student.teacher is None:
+        assert not methods.method_class(student.spec.method["name"]).needs_teacher
+        return
+    assert same(student.teacher_before, state(student.teacher))
+    assert all(p.grad is None for p in student.teacher.parameters())
+    theirs = {id(p) for p in student.teacher.parameters()} | {id(b) for b in student.teacher.buffers()}
+    assert not theirs & {id(t) for t in [*student.step.parameters(), *student.step.buffers()]}
+
+
+def test_the_exported_student_is_a_plain_network(student: Stepped) -> None:
+    """Exactly the tensors of the architecture: whatever the method learned besides stays behind."""
+    network = student.step.trained
+    method, values = methods.settings(student.spec)
+    name = student.spec.student
+    assert name is not None
+    with torch.device("meta"):
+        plain = build(name, method.student_outputs(values, K), 32, fixed_stride=method.fixed_stride)
+    exported = tensors_of(network)
+    assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+def test_the_students_step_repeats_bit_for_bit(student: Stepped, request: pytest.FixtureRequest) -> None:
+    """The same seeds give the same networks, loss and update."""
+    name, teacher_name, student_name = request.node.callspec.params["student"]
+    again = take(name, teacher_name, student_name)
+    assert same(again.teacher_before, student.teacher_before)
+    assert again.output.total.item() == student.output.total.item()
+    assert same(state(again.step), state(student.step))
+
+
+def test_a_step_trains_the_teacher_and_its_heads(teacher: Stepped) -> None:
+    """As for the student: every parameter of backbone and heads learns."""
+    check_step(teacher)
+
+
+def test_the_teachers_network_is_evaluated_without_heads(teacher: Stepped) -> None:
+    """What is evaluated is a plain network, and its tensors keep the architecture's names in the checkpoint."""
+    bare = deploy(teacher.step.trained)
+    exported = tensors_of(teacher.step.trained)
+    assert set(bare.state_dict()) <= set(exported)
+    assert all(name.startswith("heads.") for name in set(exported) - set(bare.state_dict()))
+
+
+def test_the_seed_changes_the_students_weights() -> None:
+    """Not the least promise of a seed."""
+    spec = resolved("none", None, "resnet8", "distill")
+    method, values = methods.settings(spec)
+    one, two = (
+        make_network(spec.model_copy(update={"seed": seed}), "student", method, values, dataset()) for seed in (0, 1)
+    )
+    assert not torch.equal(one.state_dict()["conv1.weight"], two.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", [n for n in methods.SHIPPED if methods.method_class(n).needs_teacher])
+def test_a_teacher_with_other_outputs_is_refused_with_a_reason(name: str) -> None:
+    """Networks whose logits cannot be compared end in an `IncompatibleError` (exit code 4), never in a number."""
+    data = dataset()
+    spec = resolved(name, "resnet14", "resnet8", "distill")
+    method, values = methods.settings(spec)
+    student_net = make_network(spec, "student", method, values, data)
+    other = build("resnet14", 3).eval().requires_grad_(False)
+    with pytest.raises(IncompatibleError) as problem:
+        objective = make_method(spec, data, student_net, other)
+        StudentStep(objective, student_net, other, Use(), CPU)(batch(), PROGRESS)
+    assert problem.value.code == 4
+    assert problem.value.message
