@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from kdcli import data
+from kdcli.data.dataset import Triple
 from kdcli.data.loader import Loader
 from kdcli.data.randomness import generator
 from kdcli.engine.device import guarded, open_device
@@ -55,11 +56,12 @@ def evaluate_checkpoint(
         if limit is not None and limit < len(split):
             chosen = torch.randperm(len(split), generator=generator(0, "evaluated"))[:limit]
             split = split.subset(chosen.sort().values)
-        normalization = loaded.metadata["normalization"]
+        ours = {"mean": images.mean, "std": images.std}
+        normalization = loaded.metadata["normalization"] or ours
         loader = Loader(
             split,
-            mean=tuple(normalization["mean"]),
-            std=tuple(normalization["std"]),
+            mean=cast(Triple, tuple(normalization["mean"])),
+            std=cast(Triple, tuple(normalization["std"])),
             image_size=images.image_size,
             batch_size=250,
             seed=0,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.errors import UsageError, nearest
+from kdcli.errors import IncompatibleError, UsageError, nearest
 from kdcli.transforms import INFERENCE, expand, fold, rescale, views
 
 
@@ -48,16 +48,26 @@ def class_logits(network: nn.Module, images: Tensor, use: Use, modes: tuple[str,
     first = network(enlarged).float()
     result = {mode: fold(first, m, mode) for mode in modes if mode != "aggregate" or m == 1}
     if "aggregate" in modes and m > 1:
-        stack = expand(enlarged, use.transform).unflatten(0, (-1, m))
-        joint = [first, *(network(stack[:, i].contiguous()).float() for i in range(1, m))]
+        rows = expand(enlarged, use.transform)
+        joint = [first, *(network(_like(rows[i::m], images)).float() for i in range(1, m))]
         result["aggregate"] = fold(torch.stack(joint, 1).flatten(0, 1), m, "aggregate")
     return {mode: result[mode] for mode in modes}
+
+
+def _like(view: Tensor, images: Tensor) -> Tensor:
+    """`view` contiguous in the memory format of `images`."""
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return view.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class Classifier(nn.Module):
     """A trained network with its preprocessing and class names: what `kdcli.load` returns.
 
     `forward` takes float images in 0..1 or uint8 images, [B,3,H,W] at `image_size`, and returns class logits [B,K].
+
+    Raises:
+        UsageError: an unknown inference mode.
+        IncompatibleError: the metadata has no normalisation (a foreign checkpoint imported without its data set).
     """
 
     def __init__(self, network: nn.Module, use: Use, metadata: dict[str, Any], inference: str = "single") -> None:
@@ -69,6 +79,10 @@ class Classifier(nn.Module):
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         self.image_size: int = metadata["image_size"]
         normalization = metadata["normalization"]
+        if normalization is None:
+            raise IncompatibleError(
+                "the checkpoint does not say how its images were normalised", hint="import it again with --dataset"
+            )
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(normalization["mean"]).view(1, 3, 1, 1), persistent=False)

@@ -25,7 +25,8 @@ def _joined(spec: RunSpec, story: Story) -> Iterator[StopFlag]:
     with listening(stop, at_once=True):
         try:
             distributed.start(spec.system.rank_timeout, cuda)
-            yield stop
+            with distributed.watching():
+                yield stop
         finally:
             story.end()
             distributed.stop()

@@ -12,7 +12,7 @@ from torch import nn
 from kdcli import methods, output, teachers
 from kdcli.data.dataset import DataSet
 from kdcli.data.loader import Batch
-from kdcli.engine.device import guarded, open_device
+from kdcli.engine.device import Device, guarded, open_device
 from kdcli.engine.step import StudentStep, TeacherStep, deploy
 from kdcli.inference import Use
 from kdcli.methods.base import Progress
@@ -22,13 +22,13 @@ from kdcli.networks import compare_classes, load_network
 from kdcli.specs import RunSpec
 from kdcli.training import load_data, make_method, make_network, make_teacher
 
-_TRIAL = 4  # images in the step that is timed
+_FEW = 4  # images in the smallest step that is timed
 
 
 def preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
     """The resolved spec, the networks with their taps, the views, the steps, and an estimate of time and memory.
 
-    Time and memory are measured on one step of 4 images and scaled to the batch.
+    Time and memory are measured on steps of 4 and 16 images and carried over to the batch.
 
     Raises:
         KdError: whatever would stop the run before its first step.
@@ -126,37 +126,54 @@ class _SavedBytes:
         return sum(self.storages.values())
 
 
-def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Any) -> dict[str, Any]:
-    count = min(_TRIAL, spec.train.batch_size)
+def _batch(count: int, dataset: DataSet, device: Device) -> Batch:
     size = dataset.image_size
-    batch = Batch(
-        torch.randn(count, 3, size, size, device=device.torch).to(memory_format=torch.channels_last),
-        torch.arange(count, device=device.torch) % len(dataset.classes),
-        torch.arange(count, device=device.torch),
-        1.0,
-    )
+    index = torch.arange(count, device=device.torch)
+    images = torch.randn(count, 3, size, size, device=device.torch).to(memory_format=torch.channels_last)
+    return Batch(images, index % len(dataset.classes), index, 1.0)
+
+
+def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Device) -> dict[str, Any]:
+    """Views, seconds a step and MiB, measured on steps of a few images and carried over to the batch."""
+    size = spec.train.batch_size
     progress = Progress(torch.ones((), device=device.torch), torch.zeros((), device=device.torch), False)
     device.place(step).train()
     cost: dict[str, Any] = {}
+    few = _batch(min(_FEW, size), dataset, device)
     if teacher is not None:
         device.place(teacher)
-        cost["teacher_views"] = len(step.method.teacher_views(batch, progress)) // count
+        cost["teacher_views"] = len(step.method.teacher_views(few, progress)) // len(few.labels)
         if isinstance(step, StudentStep):
             teacher.eval()
     if isinstance(step, StudentStep):
-        cost["student_views"] = len(step.method.student_views(batch, progress)) // count
-    step(batch, progress).total.backward()  # the first step pays for allocation and kernel choice
+        cost["student_views"] = len(step.method.student_views(few, progress)) // len(few.labels)
+
+    def seconds(batch: Batch) -> float:
+        best = float("inf")
+        for _ in range(3):  # the first pays for allocation and the choice of kernels
+            started = time.monotonic()
+            step(batch, progress).total.backward()
+            device.synchronize()
+            best = min(best, time.monotonic() - started)
+        return best
+
+    at_few = seconds(few)
+    more = min(4 * _FEW, size)
+    if at_few < 1 and more > len(few.labels):  # a step has fixed costs: two sizes tell them from those of an image
+        at_more = seconds(_batch(more, dataset, device))
+        per_image = max(0.0, at_more - at_few) / (more - len(few.labels))
+        estimate = at_more + per_image * (size - more)
+    else:
+        estimate = at_few * size / len(few.labels)
     saved = _SavedBytes()
-    started = time.monotonic()
     with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-        step(batch, progress).total.backward()
-    device.synchronize()
-    scale = spec.train.batch_size / count
+        step(few, progress)
     learned = sum(p.numel() * p.element_size() for p in step.parameters() if p.requires_grad)
     frozen = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
-    images = 0 if dataset.train.images is None else dataset.train.images.nbytes + dataset.test.images.nbytes  # type: ignore[union-attr]
-    activations = max(0, saved.total - learned) * scale / spec.train.accumulate
-    cost["seconds_per_step"] = round((time.monotonic() - started) * scale, 4)
+    resident = [split.images for split in (dataset.train, dataset.test) if split.images is not None]
+    images = sum(held.nbytes for held in resident)
+    activations = max(0, saved.total - learned) * size / len(few.labels) / spec.train.accumulate
+    cost["seconds_per_step"] = round(estimate, 4)
     cost["memory_mib"] = round((3 * learned + frozen + activations + images) / 2**20)
     return cost
 

@@ -123,7 +123,7 @@ def _dataset(spec: RunSpec, loaded: Loaded, story: Story) -> DataSet:
         return dataset
     if spec.probe.normalization == "half":
         return replace(dataset, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    source = loaded.metadata["normalization"]
+    source = loaded.metadata["normalization"] or {"mean": dataset.mean, "std": dataset.std}
     return replace(dataset, mean=tuple(source["mean"]), std=tuple(source["std"]))
 
 

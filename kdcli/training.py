@@ -25,7 +25,7 @@ from kdcli.inference import Use
 from kdcli.methods.base import Method, Setting
 from kdcli.models import build
 from kdcli.models.heads import Headed
-from kdcli.models.network import Network, macs, parameters_of
+from kdcli.models.network import Network, macs, parameters_of, stage_shapes
 from kdcli.networks import Loaded, compare_classes, describe, fingerprint, load_network, tensors_of
 from kdcli.output import Story, envelope
 from kdcli.runs import Run, environment, open_run
@@ -74,6 +74,8 @@ def make_network(spec: RunSpec, role: str, method: type[Method], values: Any, da
 def make_teacher(spec: RunSpec, method: type[Method], values: Any, dataset: DataSet) -> Network | Headed:
     """A fresh teacher with the heads that the method asks for."""
     network = make_network(spec, "teacher", method, values, dataset)
+    # Not every network takes every size: find out before anything is trained.
+    stage_shapes(network, dataset.image_size * method.inference(values, "teacher")["scale"])
     torch.manual_seed(mix(spec.seed, "heads"))
     heads = method.teacher_heads(values, network, len(dataset.classes))
     return network if heads is None else Headed(network, heads)
@@ -284,6 +286,12 @@ def _teacher(
     loaded = load_network(file)
     compare_classes(loaded.metadata, dataset, loaded.path)
     teachers.check(loaded, spec, len(dataset.classes))
+    theirs = loaded.metadata["normalization"]
+    if theirs is None or max(abs(a - b) for a, b in zip(theirs["mean"], dataset.mean, strict=True)) > 0.01:
+        story.note(
+            f"{loaded.path} was trained with mean {theirs and theirs['mean']}; it will see images normalised with "
+            f"{list(dataset.mean)}"
+        )
     return loaded, loaded.metadata.get("metrics", {}).get("test", {})
 
 

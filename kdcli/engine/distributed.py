@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -25,6 +27,18 @@ def start(timeout: float, cuda: bool) -> None:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as problem:
         raise WorkerError(f"the ranks did not find each other: {str(problem).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Turn the loss of another rank, which torch reports as a RuntimeError of gloo's or NCCL's, into `WorkerError`."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if world() == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):
+            raise
+        hint = "run the same command again to go on"
+        raise WorkerError("another rank died or stopped answering", hint=hint) from None
 
 
 def stop() -> None:

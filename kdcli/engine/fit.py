@@ -123,7 +123,9 @@ class _Training:
         """The step as it is called: compiled if asked for, synchronised over ranks if there are several."""
         module: nn.Module = self.module
         if distributed.world() > 1 and any(p.requires_grad for p in module.parameters()):
-            with warnings.catch_warnings():  # newer torch calls the argument forward_sync_buffers, 2.10 does not know it
+            with (
+                warnings.catch_warnings()
+            ):  # newer torch calls the argument forward_sync_buffers, 2.10 does not know it
                 warnings.simplefilter("ignore", FutureWarning)
                 module = DistributedDataParallel(module, broadcast_buffers=False)
         # dynamic=False: a graph per batch size; a graph made general half-way would change the bits of a resumed run.
@@ -289,7 +291,8 @@ class _Training:
 
     def _record(self, epoch: int, evaluated: dict[str, Evaluated] | None) -> None:
         """One line for the epoch, in metrics.jsonl and on stderr."""
-        sums = {name: distributed.sum_(value.clone()) for name, value in self.sums.items()}
+        # By name: a resumed run has its sums in the order of the file, and must add and write them alike.
+        sums = {name: distributed.sum_(value.clone()) for name, value in sorted(self.sums.items())}
         images = sums.pop("images").item()
         means = {name: value.item() / images for name, value in sums.items()}
         line: dict[str, Any] = {
@@ -327,7 +330,7 @@ class _Training:
     def _save(self) -> None:
         self._read_flag()
         if distributed.world() > 1:
-            for value in self.sums.values():  # each rank holds its own part; the sum over ranks is kept by the first
+            for _, value in sorted(self.sums.items()):  # each rank holds its own part; the sum over ranks is kept by the first
                 distributed.sum_(value)
                 if distributed.rank() != 0:
                     value.zero_()

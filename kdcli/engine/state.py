@@ -54,14 +54,15 @@ def unpack(
         mine = {key.rpartition(".")[2]: value for key, value in slots.items() if key.rpartition(".")[0] == name}
         if at > 0 and not mine and optimizer.defaults.get("momentum", 1):
             raise InputError(f"the saved state lacks the optimiser's memory of {name}", hint="start anew: --overwrite")
-        # The step counter of AdamW lives where the fused kernel wants it; everything else like its parameter.
-        optimizer.state[parameter] = {
-            slot: value.to(device) if slot == "step" else value.to(device, memory_format=torch.preserve_format)
-            for slot, value in mine.items()
-        }
         for slot, value in mine.items():
             if slot != "step" and value.shape != parameter.shape:
                 raise InputError(f"the saved {slot} of {name} has another shape", hint="start anew with --overwrite")
+        # AdamW's step counter lives where the fused kernel wants it. Everything else must lie in memory like its
+        # parameter (channels-last): the fused kernels go through both in storage order and do not look at strides.
+        optimizer.state[parameter] = {
+            slot: value.to(device) if slot == "step" else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            for slot, value in mine.items()
+        }
     return {key: value.to(device) for key, value in groups[_SUM].items()}
 
 

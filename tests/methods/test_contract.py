@@ -33,7 +33,7 @@ PAIRS = [
     ("timm:vit_tiny_patch16_224", "resnet20"),
 ]
 # Too slow for every run: VSD shows its teacher 4 views at 64 pixels, with heads (40 GMAC an image for resnet32x4).
-SLOW = {("vsd", "resnet32x4", "student"), ("vsd", "resnet32x4", "teacher"), ("vsd", "vgg13", "teacher")}
+SLOW = {("vsd", "resnet32x4")}
 
 
 def cases(role: str) -> list[Any]:
@@ -42,7 +42,7 @@ def cases(role: str) -> list[Any]:
     for name in methods.SHIPPED:
         takes_teacher = methods.method_class(name).needs_teacher
         for teacher, student in PAIRS:
-            marks = [pytest.mark.slow] if (name, teacher, role) in SLOW else []
+            marks = [pytest.mark.slow] if (name, teacher) in SLOW else []
             pair = (teacher if takes_teacher or role == "teacher" else None, student if role == "student" else None)
             label = "-".join([name, *(part.removeprefix("timm:") for part in pair if part)])
             found.append(pytest.param((name, *pair), id=label, marks=marks))
@@ -85,7 +85,13 @@ class Stepped:
 
 
 def resolved(name: str, teacher: str | None, student: str | None, command: str) -> RunSpec:
-    values = {"command": command, "method": name, "teacher": teacher, "student": student, "data": {"dataset": "synthetic"}}
+    values = {
+        "command": command,
+        "method": name,
+        "teacher": teacher,
+        "student": student,
+        "data": {"dataset": "synthetic"},
+    }
     return methods.resolve(RunSpec.model_validate(values))
 
 
