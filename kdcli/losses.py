@@ -9,7 +9,8 @@ from torch import Tensor
 from kdcli.errors import IncompatibleError
 
 
-def _exact(logits: Tensor) -> Tensor:
+def exact(logits: Tensor) -> Tensor:
+    """The same numbers in fp32, or in float64 if they are: what every loss computes with."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -28,8 +29,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, *, scaled: 
         raise IncompatibleError(
             f"the student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
         )
-    target = F.log_softmax(_exact(teacher.detach()) / temperature, 1)
-    logits = F.log_softmax(_exact(student) / temperature, 1)
+    target = F.log_softmax(exact(teacher.detach()) / temperature, 1)
+    logits = F.log_softmax(exact(student) / temperature, 1)
     loss = F.kl_div(logits, target, reduction="batchmean", log_target=True)
     return loss * temperature**2 if scaled else loss
 
@@ -43,5 +44,5 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, temper
         smoothing: share of the target spread evenly over the K classes.
         temperature: divides the logits (VSD, Eq. 2, writes one inside the cross-entropy).
     """
-    scaled = _exact(logits) if temperature == 1 else _exact(logits) / temperature
+    scaled = exact(logits) if temperature == 1 else exact(logits) / temperature
     return F.cross_entropy(scaled, labels, label_smoothing=smoothing)

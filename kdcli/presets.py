@@ -98,6 +98,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if key == "method" and isinstance(value, str):
             value = {"name": value}
         old = result.get(key)
+        if old is not None and isinstance(old, dict) != isinstance(value, dict):
+            raise UsageError(f"is a table of settings, not {value!r}"[:120], field=key, hint=f"for example {key}.KEY")
         if isinstance(value, dict) and isinstance(old, dict):
             if key == "method" and value.get("name", old.get("name")) != old.get("name"):
                 result[key] = dict(value)

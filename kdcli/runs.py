@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -113,8 +114,12 @@ def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool
         durable.clean_temps(directory)
         if (directory / "state").is_dir():
             durable.clean_temps(directory / "state")
+        aside = directory / ".replaced"
+        if aside.is_dir() and not (directory / "spec.json").exists():  # killed before the new run had begun
+            _move(aside, directory)
         if spec.system.overwrite:
-            _clear(directory)
+            shutil.rmtree(aside, ignore_errors=True)
+            _move(directory, aside)
         status = _status(directory)
         if status == "new":
             stray = [name for name in _OWN[1:] if (directory / name).exists()]
@@ -133,8 +138,10 @@ def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool
             yield Run(directory, status, digest, spec)
         except BaseException:
             if status == "new" and not (directory / "state").exists():
-                _withdraw(directory)  # nothing was computed: leave nothing behind
+                _withdraw(directory)  # nothing was computed: leave nothing behind, and what was there before
+                _move(aside, directory)
             raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _status(directory: Path) -> Literal["new", "unfinished", "finished"]:
@@ -143,11 +150,17 @@ def _status(directory: Path) -> Literal["new", "unfinished", "finished"]:
     return "finished" if (directory / "summary.json").exists() else "unfinished"
 
 
-def _clear(directory: Path) -> None:
-    for name in _OWN:
-        with contextlib.suppress(FileNotFoundError):
-            (directory / name).unlink()
-    shutil.rmtree(directory / "state", ignore_errors=True)
+def _move(source: Path, target: Path) -> None:
+    """Move a run's files from one folder to another of the same disk: out of the way of `--overwrite`, or back."""
+    try:
+        for name in (*_OWN, "state"):
+            if os.path.lexists(source / name):
+                target.mkdir(exist_ok=True)
+                (source / name).rename(target / name)
+        if source.name == ".replaced" and source.is_dir():
+            source.rmdir()
+    except OSError as problem:
+        raise durable.write_error(target, problem) from None
 
 
 def _withdraw(directory: Path) -> None:

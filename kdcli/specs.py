@@ -217,7 +217,7 @@ class RunSpec(Section):
     @field_validator("student")
     @classmethod
     def _known_student(cls, value: str | None) -> str | None:
-        return None if value is None else canonical_model(value)
+        return None if value is None else canonical_model(value, field="--student")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -101,7 +101,7 @@ def check(loaded: Loaded, spec: RunSpec, classes: int) -> None:
     """
     method, values = methods.settings(spec)
     outputs = method.teacher_outputs(values, classes)
-    command = f"kd pretrain-teacher --method {spec.method['name']} --teacher {loaded.backbone.arch}"
+    command = command_for(spec_for(spec.model_copy(update={"teacher": loaded.backbone.arch})))
     if loaded.backbone.outputs != outputs:
         raise IncompatibleError(
             f"{loaded.path} has {loaded.backbone.outputs} outputs and the method {spec.method['name']} needs {outputs}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_cosine_starts_at_the_peak_and_ends_at_the_minimum() -> None:
     rates = [rate(train, step, 20) for step in range(200)]
     assert rates[0] == 0.05
     assert rates[100] == pytest.approx((0.05 + 0.001) / 2, rel=1e-12)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in pairwise(rates))
     assert rates[50] == pytest.approx(0.001 + 0.049 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-12)
     assert rates[-1] == pytest.approx(0.001, rel=0.01)
     assert rate(train, 200, 20) == rate(train, 500, 20) == pytest.approx(0.001, rel=1e-12)
@@ -69,8 +70,8 @@ def test_onecycle_rises_to_one_peak_and_falls_to_the_minimum(warmup: float, peak
     assert rates[peak] == pytest.approx(0.05, rel=1e-12)
     assert rates[0] == pytest.approx(0.05 / (peak + 1), rel=1e-12)
     up, down = rates[: peak + 1], rates[peak:]
-    assert [b - a for a, b in zip(up, up[1:], strict=False)] == pytest.approx([0.05 / (peak + 1)] * peak, rel=1e-9)
-    assert all(a > b for a, b in zip(down, down[1:], strict=False))
+    assert [b - a for a, b in pairwise(up)] == pytest.approx([0.05 / (peak + 1)] * peak, rel=1e-9)
+    assert all(a > b for a, b in pairwise(down))
     assert rate(train, 200, 20) == pytest.approx(0.0005, rel=1e-9)
 
 

@@ -137,7 +137,7 @@ def test_max_minutes_stops_after_a_checkpoint_and_the_same_command_goes_on(kd, t
 @pytest.mark.parametrize(("number", "flags", "code"), [(signal.SIGTERM, ["--requeue"], 75), (signal.SIGINT, [], 130)])
 def test_a_real_process(number, flags, code, kd, tmp_path):
     """The exit code as a shell or a scheduler sees it."""
-    words = [*ALONE, "--epochs", "40", "--checkpoint-every", "5"]
+    words = [*ALONE, "--epochs", "15", "--checkpoint-every", "5"]
     process = spawn(*words, "--out", "run", *flags, cwd=tmp_path)
     wait_for_step(process, tmp_path / "run", 15)
     process.send_signal(number)

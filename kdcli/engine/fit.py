@@ -330,7 +330,7 @@ class _Training:
     def _save(self) -> None:
         self._read_flag()
         if distributed.world() > 1:
-            for _, value in sorted(self.sums.items()):  # each rank holds its own part; the sum over ranks is kept by the first
+            for _, value in sorted(self.sums.items()):  # each rank has its part; the first keeps the sum
                 distributed.sum_(value)
                 if distributed.rank() != 0:
                     value.zero_()

@@ -120,8 +120,9 @@ class Method(nn.Module, ABC):
         return student.features(views)
 
     def teacher_features(self, teacher: Network | Headed, views: Tensor) -> Features:
-        """One pass of the frozen teacher (no gradients); override to leave out what no loss reads."""
-        return teacher.features(views)
+        """One pass of the frozen teacher (no gradients), without its auxiliary heads: override where a loss reads them."""
+        backbone = teacher.network if isinstance(teacher, Headed) else teacher
+        return backbone.features(views)
 
     @abstractmethod
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:

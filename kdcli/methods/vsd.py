@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError, UsageError
-from kdcli.losses import cross_entropy, divergence
+from kdcli.losses import cross_entropy, divergence, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.methods.rescale import Pool, rescale_block
 from kdcli.models.features import Features
@@ -143,6 +143,8 @@ class VSD(Method):
         if not on_maps or spec.lambda4:
             width = setting.classes * self.m
             self.student_heads = build_heads(student, width, count)
+            if student.kind == "token":
+                _check_sizes(self.student_heads, blocks, [shapes[t] for t in self.taps], student.arch)
         else:
             self.student_heads = nn.ModuleList()
         self.blocks = blocks
@@ -309,13 +311,29 @@ class VSD(Method):
         losses = []
         taps = zip(self.taps, self.teacher_taps, self.blocks, self.connectors, strict=True)
         for tap, teacher_tap, block, connector in taps:
-            t = self.pool_teacher(teacher.maps[teacher_tap])
-            s = connector(block(student.maps[tap]))
+            t = self.pool_teacher(exact(teacher.maps[teacher_tap]))
+            s = connector(block(exact(student.maps[tap])))
             if s.shape[2:] != t.shape[2:]:
                 s = nn.functional.interpolate(s, t.shape[2:], mode="nearest")
             s, t = _rows(s, self.spec.kd1_target), _rows(t, self.spec.kd1_target)
             losses.append(divergence(s, t, self.spec.tau_kd, scaled=self.spec.tau2))
         return losses
+
+
+def _check_sizes(heads: nn.ModuleList, blocks: nn.ModuleList, shapes: list[tuple[int, int, int]], name: str) -> None:
+    """Refuse heads that cannot read the rescaled maps: networks that mix a fixed number of patches."""
+    for head, block, shape in zip(heads, blocks, shapes, strict=True):
+        training = head.training
+        try:
+            with torch.no_grad():
+                head.eval()(block(torch.zeros(1, *shape)))
+        except RuntimeError:
+            raise IncompatibleError(
+                f"the auxiliary heads of {name} read maps of one size only",
+                field="--student",
+                hint="use --set method.rescale=pool_teacher or method.rescale=none",
+            ) from None
+        head.train(training)
 
 
 def _connector(student: int, teacher: int) -> nn.Module:
@@ -327,7 +345,7 @@ def _connector(student: int, teacher: int) -> nn.Module:
 
 def _marginal(joint: Tensor, classes: int) -> Tensor:
     """log p(y) [B,K] from joint logits [B,K*M] (or [B,K]): log-softmax over the joint space, summed over the views."""
-    log_p = torch.log_softmax(joint.float() if joint.dtype != torch.float64 else joint, 1)
+    log_p = torch.log_softmax(exact(joint), 1)
     return torch.logsumexp(log_p.unflatten(1, (classes, -1)), 2)
 
 

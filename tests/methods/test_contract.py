@@ -95,27 +95,29 @@ def resolved(name: str, teacher: str | None, student: str | None, command: str) 
     return methods.resolve(RunSpec.model_validate(values))
 
 
-def make(name: str, teacher: str | None, student: str | None) -> tuple[RunSpec, Step, nn.Module | None]:
+def make(
+    name: str, teacher: str | None, student: str | None, device: Device = CPU
+) -> tuple[RunSpec, Step, nn.Module | None]:
     """The step as `kd distill` (with a student) or `kd pretrain-teacher` (without) builds it."""
     data = dataset()
     if student is None:
         spec = resolved(name, teacher, None, "pretrain-teacher")
         method, values = methods.settings(spec)
-        network = CPU.place(make_teacher(spec, method, values, data))
-        objective = CPU.place(make_method(spec, data, None, network))
+        network = device.place(make_teacher(spec, method, values, data))
+        objective = device.place(make_method(spec, data, None, network))
         use = Use(**method.inference(values, "teacher"))
-        return spec, TeacherStep(objective, network, use, CPU).train(), None
+        return spec, TeacherStep(objective, network, use, device).train(), None
     spec = resolved(name, teacher, student, "distill")
     method, values = methods.settings(spec)
     taught = None
     if teacher is not None:
         wanted = teachers.spec_for(spec)
         taught = make_teacher(wanted, *methods.settings(wanted), data)
-        taught = CPU.place(taught.eval().requires_grad_(False))
-    network = CPU.place(make_network(spec, "student", method, values, data))
-    objective = CPU.place(make_method(spec, data, network, taught))
+        taught = device.place(taught.eval().requires_grad_(False))
+    network = device.place(make_network(spec, "student", method, values, data))
+    objective = device.place(make_method(spec, data, network, taught))
     use = Use(**method.inference(values, "student"))
-    return spec, StudentStep(objective, network, taught, use, CPU).train(), taught
+    return spec, StudentStep(objective, network, taught, use, device).train(), taught
 
 
 def take(name: str, teacher: str | None, student: str | None) -> Stepped:
@@ -227,8 +229,28 @@ def test_a_teacher_with_other_outputs_is_refused_with_a_reason(name: str) -> Non
     method, values = methods.settings(spec)
     student_net = make_network(spec, "student", method, values, data)
     other = build("resnet14", 3).eval().requires_grad_(False)
-    with pytest.raises(IncompatibleError) as problem:
+
+    def step() -> None:
         objective = make_method(spec, data, student_net, other)
         StudentStep(objective, student_net, other, Use(), CPU)(batch(), PROGRESS)
+
+    with pytest.raises(IncompatibleError) as problem:
+        step()
     assert problem.value.code == 4
     assert problem.value.message
+
+
+@pytest.mark.parametrize("name", list(methods.SHIPPED))
+def test_bf16_networks_give_fp32_losses(name: str) -> None:
+    """Under autocast the loss and its terms are fp32, close to the fp32 run's, and every parameter gets a gradient."""
+    teacher_name = "resnet8x4" if methods.method_class(name).needs_teacher else None
+    losses = []
+    for precision in ("fp32", "bf16"):
+        _, step, _ = make(name, teacher_name, "resnet8", Device(torch.device("cpu"), precision, 1))
+        output = step(batch(), PROGRESS)
+        output.total.backward()
+        assert {term.dtype for term in [output.total, *output.terms.values()]} == {torch.float32}
+        assert not [n for n, p in step.named_parameters() if p.requires_grad and p.grad is None]
+        losses.append(output.total.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]

@@ -539,7 +539,7 @@ def test_heads_of_another_joint_space_are_refused_before_training() -> None:
     backbone = build("resnet8", K)
     heads = VSD.teacher_heads(other, backbone, K)
     assert heads is not None
-    with pytest.raises(IncompatibleError, match="20 outputs.*needs 40"):
+    with pytest.raises(IncompatibleError, match=r"20 outputs.*needs 40"):
         VSD(VSDSpec(main_head="class"), Setting(K, 32, 0.0), build("resnet8", K), Headed(backbone, heads))
 
 
@@ -598,3 +598,37 @@ def test_a_teacher_without_heads_is_trained_on_its_main_head_alone() -> None:
     assert VSD.teacher_heads(spec, build("resnet8", 40), K) is None
     method = VSD(spec, Setting(K, 32, 0.0), None, None)
     assert set(method.teacher_loss(batch(), outputs(random(8, 40, seed=1)), EVEN)) == {"ce"}
+
+
+@pytest.mark.parametrize("rescale", ["nearest", "transposed", "pool_teacher"])
+@pytest.mark.parametrize("target", ["head_logits", "spatial", "channel", "flat"])
+def test_every_kind_of_kd1_works_under_bf16(target: str, rescale: str) -> None:
+    """Maps come out of autocast in bf16; connectors and softening compute in fp32, with gradients everywhere."""
+    made = Made("resnet8", "resnet8x4", kd1_target=target, rescale=rescale)
+    with torch.autocast("cpu", torch.bfloat16):
+        learned, taught = made.features(batch())
+    assert learned.logits.dtype == torch.bfloat16
+    terms = made.method.loss(batch(), learned, taught, EVEN)
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    torch.stack(list(terms.values())).sum().backward()
+    assert not [n for n, p in made.method.named_parameters() if p.grad is None]
+
+
+def test_networks_of_one_image_size_are_refused_before_training() -> None:
+    """A Mixer cannot be shown images (teacher) or maps (student's heads) at twice the size; the hint names a way."""
+    with pytest.raises(IncompatibleError, match="cannot read 64 x 64"):
+        Made("resnet8", "timm:mixer_s32_224")
+    with pytest.raises(IncompatibleError, match="one size only") as problem:
+        Made("timm:mixer_s32_224", "resnet8")
+    assert "method.rescale=pool_teacher" in (problem.value.hint or "")
+    Made("timm:mixer_s32_224", "resnet8", rescale="pool_teacher")
+    Made("resnet8", "timm:mixer_s32_224", teacher_scale=1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rescale": "bilinear"}, {"kd1_target": "spatial", "lambda4": 1}])
+def test_a_transformer_can_be_the_student(settings: dict[str, Any]) -> None:
+    """Token networks give maps and take maps of other sizes in their heads; all of the method learns."""
+    made = Made("timm:vit_tiny_patch16_224", "resnet14", **settings)
+    torch.stack(list(made.terms(batch()).values())).sum().backward()
+    unused = [n for net in (made.method, made.student) for n, p in net.named_parameters() if p.grad is None]
+    assert not unused
