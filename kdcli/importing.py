@@ -102,6 +102,7 @@ def import_checkpoint(
         "role": "teacher",
         "arch": arch_spec(empty),
         "classes": list(classes) if classes is not None else [f"class {i}" for i in range(outputs)],
+        "image_size": image_size,
         "normalization": normalization,
         "dataset": dataset,
         "method": None,

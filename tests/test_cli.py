@@ -236,6 +236,10 @@ def test_json_of_an_import(kd, tmp_path):
     assert result.json["outputs"] == 10
     assert kd("digest", "ours.safetensors").out.split()[0] == checkpoint.digest(tmp_path / "ours.safetensors")
     assert kd("evaluate", "ours.safetensors", "--limit", "9", "--json").json["metrics"]["test"]["n"] == 9
+    words = ["distill", "--method", "kd", "--teacher", "ours.safetensors", "--student", "resnet8", *TINY]
+    taught = kd(*words, "--max-steps", "2", "--json")
+    assert taught.code == 0, taught.err
+    assert taught.json["teacher"]["n"] == 250  # it came without a measurement, so it was measured
 
 
 def test_schema_is_json_schema_with_every_default(kd):
@@ -437,18 +441,7 @@ def test_a_linear_probe_of_an_encoder_from_elsewhere(kd):
     """On another data set and size, with augmentation and on cached features; each its own finished run."""
     words = ["distill", "--method", "none", "--student", "resnet8", *TINY, "--dataset", "synthetic", "--max-steps", "3"]
     encoder = kd(*words, "--json").json["run"]
-    probe = [
-        "linear-probe",
-        encoder,
-        "--dataset",
-        "digits",
-        "--epochs",
-        "3",
-        "--threads",
-        "1",
-        "--train-fraction",
-        "0.2",
-    ]
+    probe = ["linear-probe", encoder, "--dataset", "digits", "--epochs", "5", "--threads", "1"]
     for extra in ([], ["--cached"]):
         result = kd(*probe, *extra, "--json")
         assert result.code == 0, result.err

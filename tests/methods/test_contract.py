@@ -211,6 +211,13 @@ def test_the_teachers_network_is_evaluated_without_heads(teacher: Stepped) -> No
     assert all(name.startswith("heads.") for name in set(exported) - set(bare.state_dict()))
 
 
+def test_a_teacher_that_cannot_read_its_images_is_refused_when_it_is_made() -> None:
+    """A Mixer mixes a fixed number of patches: VSD cannot show it images of twice the size."""
+    spec = resolved("vsd", "timm:mixer_s32_224", None, "pretrain-teacher")
+    with pytest.raises(IncompatibleError, match="cannot read 64 x 64"):
+        make_teacher(spec, *methods.settings(spec), dataset())
+
+
 def test_the_seed_changes_the_students_weights() -> None:
     """Not the least promise of a seed."""
     spec = resolved("none", None, "resnet8", "distill")

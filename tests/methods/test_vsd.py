@@ -615,9 +615,7 @@ def test_every_kind_of_kd1_works_under_bf16(target: str, rescale: str) -> None:
 
 
 def test_networks_of_one_image_size_are_refused_before_training() -> None:
-    """A Mixer cannot be shown images (teacher) or maps (student's heads) at twice the size; the hint names a way."""
-    with pytest.raises(IncompatibleError, match="cannot read 64 x 64"):
-        Made("resnet8", "timm:mixer_s32_224")
+    """A Mixer's heads cannot read a student's maps at twice the size; the hint names a way."""
     with pytest.raises(IncompatibleError, match="one size only") as problem:
         Made("timm:mixer_s32_224", "resnet8")
     assert "method.rescale=pool_teacher" in (problem.value.hint or "")
