@@ -6,12 +6,13 @@ encoder's input size and flip, SGD 0.9 nesterov, lr 0.1, no weight decay, 100 ep
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdcli import checkpoint, data
+from kdcli import checkpoint
 from kdcli.data.dataset import DataSet, Split
 from kdcli.data.loader import Batch
 from kdcli.data.randomness import generator, mix
@@ -29,7 +30,7 @@ from kdcli.networks import Loaded, load_network
 from kdcli.output import Story, envelope
 from kdcli.runs import Run, open_run
 from kdcli.specs import RunSpec
-from kdcli.training import make_loader, open_recorded_device
+from kdcli.training import load_data, make_loader, open_recorded_device
 from kdcli.transforms import rescale
 
 
@@ -104,19 +105,7 @@ def probe(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
 
 def _dataset(spec: RunSpec, loaded: Loaded, story: Story) -> DataSet:
     """The probed data set at the encoder's input size, with the normalisation the spec asks for."""
-    from dataclasses import replace
-
-    wanted = spec.data
-    dataset = data.load(
-        wanted.dataset,
-        wanted.data_dir,
-        image_size=wanted.image_size,
-        download=wanted.download,
-        resident_mib=wanted.resident_mib,
-    )
-    for note in dataset.notes:
-        story.note(note)
-    dataset = dataset.with_fraction(wanted.train_fraction, wanted.split_seed)
+    dataset = load_data(spec, story)
     # Images keep their own size in memory; the loader brings them to the encoder's.
     dataset = replace(dataset, image_size=loaded.metadata["image_size"])
     if spec.probe.normalization == "target":

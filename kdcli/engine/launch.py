@@ -49,8 +49,8 @@ def launch(nproc: int) -> None:
         except (ChildFailedError, SignalException) as problem:
             died = str(problem).split("\n")[0]
             if isinstance(problem, ChildFailedError):
-                first = problem.get_first_failure()[1]
-                died = f"rank {first[0] if isinstance(first, tuple) else first.local_rank} left with {first.exitcode}"
+                rank, failure = problem.get_first_failure()
+                died = f"rank {rank} left with {failure.exitcode}"
         finally:
             os.environ.pop(_CODE_FILE)
         if noted.exists():
