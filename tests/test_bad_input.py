@@ -10,7 +10,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from conftest import PER_EPOCH, TINY, Died, finish, outcome, snapshot, spawn, steps_saved
+from harness import PER_EPOCH, TINY, Died, finish, outcome, snapshot, spawn, steps_saved
 
 from kdcli import checkpoint
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import JOB, PER_EPOCH, TINY, command, environment, finish, snapshot, spawn
+from harness import JOB, PER_EPOCH, TINY, command, environment, finish, snapshot, spawn
 
 from kdcli import checkpoint
 from kdcli.cli import app
@@ -560,7 +560,7 @@ def test_a_closed_stderr_does_not_stop_the_work(tmp_path):
 
 def test_an_unfinished_teacher_is_not_taken(kd, die_at, tmp_path):
     """A run directory without a finished network is named as such; an architecture's teacher goes on."""
-    from conftest import Died
+    from harness import Died
 
     teacher = ["pretrain-teacher", "--method", "kd", "--teacher", "resnet14", *JOB, "--threads", "1"]
     die_at(5)

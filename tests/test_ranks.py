@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Kd, Result, environment, finish, outcome, spawn, steps_saved, wait_for_step
+from harness import TINY, Kd, Result, environment, finish, outcome, spawn, steps_saved, wait_for_step
 
 from kdcli import checkpoint
 

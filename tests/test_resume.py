@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import JOB, PER_EPOCH, STEPS, TINY, Died, finish, outcome, snapshot, spawn, steps_saved, wait_for_step
+from harness import JOB, PER_EPOCH, STEPS, TINY, Died, finish, outcome, snapshot, spawn, steps_saved, wait_for_step
 
 from kdcli import runlock
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import PER_EPOCH, TINY, finish, outcome, spawn, steps_saved, wait_for_step
+from harness import PER_EPOCH, TINY, finish, outcome, spawn, steps_saved, wait_for_step
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
 
