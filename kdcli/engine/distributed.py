@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -24,9 +25,24 @@ def start(timeout: float, cuda: bool) -> None:
     if "RANK" not in os.environ or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        with _stdout_for_answers_only():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+            dist.barrier()  # connects the ranks, which gloo does at the first collective
     except (RuntimeError, ValueError) as problem:
         raise WorkerError(f"the ranks did not find each other: {str(problem).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def _stdout_for_answers_only() -> Iterator[None]:
+    """Send what gloo prints while it connects (torch 2.10 does, from C++) to stderr: stdout holds the answer alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -123,9 +123,8 @@ class _Training:
         """The step as it is called: compiled if asked for, synchronised over ranks if there are several."""
         module: nn.Module = self.module
         if distributed.world() > 1 and any(p.requires_grad for p in module.parameters()):
-            with (
-                warnings.catch_warnings()
-            ):  # newer torch calls the argument forward_sync_buffers, 2.10 does not know it
+            with warnings.catch_warnings():
+                # Newer torch calls the argument forward_sync_buffers, which 2.10 does not know.
                 warnings.simplefilter("ignore", FutureWarning)
                 module = DistributedDataParallel(module, broadcast_buffers=False)
         # dynamic=False: a graph per batch size; a graph made general half-way would change the bits of a resumed run.
@@ -200,7 +199,7 @@ class _Training:
                 output = self.forward(part, progress)
                 (output.total if share == 1 else output.total * share).backward()
             bad |= ~torch.isfinite(output.total.detach())
-            self._add(output, part.labels.shape[0])
+            self._add(output, part.labels.shape[0] if batch.weight else 0)  # 0: a sample that keeps a rank busy
         assert output is not None
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -275,7 +274,8 @@ class _Training:
         distributed.share_buffers(network)  # each rank kept BatchNorm statistics of its own; the first's are exported
 
         def tick(done: int, of: int) -> None:
-            if distributed.world() == 1 and (code := self.job.stop.code):
+            if distributed.world() == 1 and self.job.stop.signalled:
+                code = self.job.stop.code
                 self._save()
                 raise stopped(code, f"at step {self.at} of {self.end}")
 

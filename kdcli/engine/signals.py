@@ -27,6 +27,11 @@ class StopFlag:
         self._signal = self._signal or number
 
     @property
+    def signalled(self) -> bool:
+        """Whether a signal came. Time alone does not end an evaluation, or one longer than the limit would never end."""
+        return bool(self._signal)
+
+    @property
     def code(self) -> int:
         """130 (SIGINT), 143 (SIGTERM; 75 with `--requeue`), 75 (SIGUSR1, or the time is up), else 0."""
         if self._signal == signal.SIGINT:
