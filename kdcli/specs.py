@@ -1,8 +1,8 @@
 """Run specs: every setting of a run, declared once, validated before torch is imported.
 
 A field's docstring is its help text, its place gives its dotted name (`train.epochs`) and its flag (`--epochs`). A field
-marked `IDENTITY = False` (`_aside`) does not change what is computed, only where or how it is carried out, so it is
-left out of the spec digest: a run may be continued on another machine or with another checkpoint interval.
+made with `_aside` does not change what is computed, only where or how it is carried out, so it is left out of the spec
+digest: a run may be continued on another machine or with another checkpoint interval.
 """
 
 from __future__ import annotations
