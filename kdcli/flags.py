@@ -43,11 +43,11 @@ def with_flags(request: Request, given: dict[str, Any]) -> Request:
 
 
 def _option_type(annotation: Any) -> Any:
-    """The type Typer should parse: Optional stripped, tuples as one comma-separated string, the method as its name."""
+    """The type Typer should parse: Optional stripped, tuples as comma-separated strings, the method as its name."""
     annotation = _bare(annotation)
-    if typing.get_origin(annotation) in (tuple, dict):
-        return str
-    return annotation
+    if typing.get_origin(annotation) is tuple:
+        return list[str]
+    return str if typing.get_origin(annotation) is dict else annotation
 
 
 def _default_text(field: FieldInfo) -> str | bool:
@@ -71,6 +71,17 @@ def _parameter(leaf: str, path: str) -> inspect.Parameter:
     option = typer.Option(flag, help=help_text, show_default=False)
     return inspect.Parameter(
         leaf, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _teacher_scale() -> inspect.Parameter:
+    option = typer.Option(
+        "--teacher-scale",
+        help="Show the teacher its images this many times larger per side: 1, 2 or 4 (any method; vsd: 2).",
+        show_default=False,
+    )
+    return inspect.Parameter(
+        "teacher_scale", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[int | None, option]
     )
 
 
@@ -132,10 +143,13 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
     def run(**values: Any) -> None:
         flags: dict[str, Any] = {}
         for leaf, path in paths.items():
-            if (value := values.pop(leaf)) is not None:
-                if isinstance(value, str) and typing.get_origin(_bare(field_at(path).annotation)) is tuple:
-                    value = parse_tuple(value)
+            if (value := values.pop(leaf)) not in (None, []):
+                if typing.get_origin(_bare(field_at(path).annotation)) is tuple:
+                    value = parse_tuple(",".join(value))
                 flags[path] = value
+        if values.get("teacher_scale") is not None:
+            flags["method.teacher_scale"] = values["teacher_scale"]
+        values.pop("teacher_scale", None)
         request = Request(
             flags,
             values.pop("preset") or [],
@@ -146,7 +160,8 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
         )
         function(request, **values)
 
-    parameters = [_parameter(leaf, path) for leaf, path in paths.items()] + own + _common()
+    scale = [_teacher_scale()] if "method" in paths else []
+    parameters = [_parameter(leaf, path) for leaf, path in paths.items()] + scale + own + _common()
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = function.__doc__

@@ -87,9 +87,8 @@ def _runs(spec: RunSpec, seeds: list[int], story: Story, stop: StopFlag, auto_te
     for seed in seeds:
         one = spec.model_copy(update={"seed": seed})
         if spec.baseline and methods.settings(spec)[0].needs_teacher:
-            alone = {"method": {"name": "none"}, "teacher": None, "teacher_taps": None}
-            train = one.train.model_copy(update={"teacher_lr": None})
-            runs.append(distill(one.model_copy(update={**alone, "train": train}), story, stop))
+            alone = {"method": {"name": "none"}, "teacher": None, "teacher_taps": None, "assistant": ()}
+            runs.append(distill(methods.resolve(one.model_copy(update=alone)), story, stop))
         runs.append(distill(one, story, stop, auto_teacher=auto_teacher))
     return runs
 

@@ -15,7 +15,7 @@ from kdcli.data.dataset import DataSet
 from kdcli.errors import IncompatibleError, InputError, NotFiniteError
 from kdcli.inference import Classifier, Use
 from kdcli.models import arch_spec, from_arch_spec
-from kdcli.models.heads import Headed, build_heads
+from kdcli.models.heads import Headed, from_heads_spec, heads_spec
 from kdcli.models.network import Network
 
 
@@ -58,7 +58,7 @@ def load_network(path: str | Path) -> Loaded:
     backbone = from_arch_spec(metadata["arch"])
     network: Network | Headed = backbone
     if heads := metadata.get("heads"):
-        network = Headed(backbone, build_heads(backbone, heads["outputs"], heads["count"]))
+        network = Headed(backbone, from_heads_spec(heads, backbone))
     _load(network, tensors, file)
     return Loaded(network.eval(), metadata, Use.of(metadata), metadata["digest"], file)
 
@@ -109,9 +109,7 @@ def describe(network: Network | Headed, dataset: DataSet, use: Use) -> dict[str,
         "inference": {"transform": use.transform, "scale": use.scale, "scale_mode": use.scale_mode},
     }
     if isinstance(network, Headed):
-        last = network.heads[-1]
-        assert isinstance(last, Network)
-        described["heads"] = {"outputs": last.outputs, "count": len(network.heads)}
+        described["heads"] = heads_spec(network.heads)
     return described
 
 

@@ -132,7 +132,7 @@ def parse_set(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         pass
-    if key.rpartition(".")[2] in ("milestones", "teacher_taps", "student_taps"):
+    if key.rpartition(".")[2] in ("milestones", "teacher_taps", "student_taps", "assistant"):
         return key, parse_tuple(value)
     return key, value
 

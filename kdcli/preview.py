@@ -18,9 +18,10 @@ from kdcli.inference import Use
 from kdcli.methods.base import Progress
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, stage_shapes
+from kdcli.models.panel import Panel
 from kdcli.networks import compare_classes, load_network
 from kdcli.specs import RunSpec
-from kdcli.training import load_data, make_method, make_network, make_teacher
+from kdcli.training import load_data, make_method, make_network, make_teacher, recipe_of
 
 _FEW = 4  # images in the smallest step that is timed
 
@@ -42,9 +43,12 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
     method, values = methods.settings(spec)
     device = open_device(spec.system)
     networks: dict[str, Any] = {}
-    teacher: Network | Headed | None = None
+    teacher: Network | Headed | Panel | None = None
     if spec.command == "pretrain-teacher":
-        teacher = make_teacher(spec, method, values, dataset)
+        assert spec.teacher is not None
+        file = teachers.named_file(spec.teacher)
+        backbone = None if file is None else load_network(file).backbone
+        teacher = make_teacher(spec, method, values, dataset, backbone)
         use = Use(**method.inference(values, "teacher"))
         networks["teacher"] = _network(teacher, dataset.image_size * use.scale)
         step: Any = TeacherStep(make_method(spec, dataset, None, teacher), teacher, use, device)
@@ -60,7 +64,8 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
         step = StudentStep(make_method(spec, dataset, student, teacher), student, teacher, use, device)
     cost = _cost(spec, step, teacher, dataset, device)
     steps = math.ceil(len(dataset.train) / spec.train.batch_size)
-    total = min(steps * spec.train.epochs, spec.train.max_steps or steps * spec.train.epochs)
+    recipe = recipe_of(spec)
+    total = min(steps * recipe.epochs, recipe.max_steps or steps * recipe.epochs)
     seconds = total * cost["seconds_per_step"]
     document = output.envelope(
         spec.command,
@@ -75,9 +80,29 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
     return document, _text(document)
 
 
-def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed:
-    """The teacher file if there is one, else a fresh network of its kind: only shapes and speed matter here."""
-    file = teachers.named_file(spec)
+def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed | Panel:
+    """Who teaches: files where there are any, else fresh networks, since only shapes and speed matter here."""
+    method, _ = methods.settings(spec)
+    if not spec.assistant:
+        return _main_teacher(spec, dataset)
+    if method.assistants == "last":
+        return _assistant(spec, len(spec.assistant) - 1, dataset)
+    main = deploy(_main_teacher(spec, dataset))
+    assert isinstance(main, Network)
+    return Panel(main, [_assistant(spec, i, dataset) for i in range(len(spec.assistant))])
+
+
+def _assistant(spec: RunSpec, position: int, dataset: DataSet) -> Network:
+    file = teachers.named_file(spec.assistant[position])
+    if file is not None:
+        return load_network(file).backbone
+    wanted = teachers.assistant_for(spec, position)
+    return make_network(wanted, "student", *methods.settings(wanted), dataset)
+
+
+def _main_teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed:
+    assert spec.teacher is not None
+    file = teachers.named_file(spec.teacher)
     if file is None:
         wanted, file = teachers.find(spec)
         if file is None:
@@ -89,7 +114,11 @@ def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed:
     return loaded.network
 
 
-def _network(network: Network | Headed, size: int) -> dict[str, Any]:
+def _network(network: Network | Headed | Panel, size: int) -> dict[str, Any]:
+    if isinstance(network, Panel):
+        others = list(network.networks)[1:]
+        assert all(isinstance(other, Network) for other in others)
+        return {**_network(network.teacher, size), "assistants": [other.arch for other in others]}
     backbone = deploy(network)
     assert isinstance(backbone, Network)
     shapes = stage_shapes(backbone, size)
@@ -126,11 +155,13 @@ class _SavedBytes:
         return sum(self.storages.values())
 
 
-def _batch(count: int, dataset: DataSet, device: Device) -> Batch:
+def _batch(spec: RunSpec, count: int, dataset: DataSet, device: Device) -> Batch:
+    method, values = methods.settings(spec)
     size = dataset.image_size
-    index = torch.arange(count, device=device.torch)
+    index = torch.arange(count, device=device.torch) % len(dataset.train)
     images = torch.randn(count, 3, size, size, device=device.torch).to(memory_format=torch.channels_last)
-    return Batch(images, index % len(dataset.classes), index, 1.0)
+    extra = tuple(images.flip(3) for _ in method.augmentations(values))
+    return Batch(images, index % len(dataset.classes), index, 1.0, extra)
 
 
 def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Device) -> dict[str, Any]:
@@ -139,7 +170,7 @@ def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet,
     progress = Progress(torch.ones((), device=device.torch), torch.zeros((), device=device.torch), False)
     device.place(step).train()
     cost: dict[str, Any] = {}
-    few = _batch(min(_FEW, size), dataset, device)
+    few = _batch(spec, min(_FEW, size), dataset, device)
     if teacher is not None:
         device.place(teacher)
         cost["teacher_views"] = len(step.method.teacher_views(few, progress)) // len(few.labels)
@@ -160,7 +191,7 @@ def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet,
     at_few = seconds(few)
     more = min(4 * _FEW, size)
     if at_few < 1 and more > len(few.labels):  # a step has fixed costs: two sizes tell them from those of an image
-        at_more = seconds(_batch(more, dataset, device))
+        at_more = seconds(_batch(spec, more, dataset, device))
         per_image = max(0.0, at_more - at_few) / (more - len(few.labels))
         estimate = at_more + per_image * (size - more)
     else:

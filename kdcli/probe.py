@@ -75,7 +75,7 @@ def probe(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
     """Probe the encoder that `spec` (a `linear-probe` spec) names; the summary of the run."""
     assert spec.encoder is not None
     file = checkpoint.locate(spec.encoder)
-    with guarded(), open_run(spec, checkpoint.digest(file)) as run:
+    with guarded(), open_run(spec, {str(spec.encoder): checkpoint.digest(file)}) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
@@ -126,7 +126,7 @@ def _augmented(
     train = make_loader(spec, dataset, dataset.train, device, train=True)
     tests = {"test": make_loader(spec, dataset, dataset.test, device, train=False)}
     step: Any = ProbeStep(module, spec.train.label_smoothing)
-    job = Job(run, step, Use(), device, train, tests, story, stop, f"probe on {dataset.name}")
+    job = Job(run, step, Use(), device, train, tests, spec.train, story, stop, f"probe on {dataset.name}")
     fitted = fit(job)
     train.close()
     return fitted.metrics["test"]["single"], fitted.best, fitted.seconds

@@ -58,12 +58,27 @@ class Run:
         shutil.rmtree(self.state, ignore_errors=True)
 
 
-def identity(spec: RunSpec, teacher_digest: str | None = None) -> dict[str, Any]:
-    """The spec's identity; a teacher given as a file counts by its content and not by its path."""
-    values = spec.identity()
-    if teacher_digest is not None:
-        values["teacher"] = f"content:{teacher_digest}"
-    return values
+def identity(spec: RunSpec, contents: dict[str, str] | None = None) -> dict[str, Any]:
+    """The spec's identity; what is given as a file counts by its content and not by its path.
+
+    Args:
+        contents: content digests by the paths that name them in the spec (teacher, assistants, encoder, a method's file).
+    """
+    return _by_content(spec.identity(), contents or {})
+
+
+def _by_content(values: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
+    def named(path: Any) -> Any:
+        return f"content:{contents[path]}" if path in contents else path
+
+    method = {**values["method"], "name": named(values["method"]["name"])}
+    return {
+        **values,
+        "teacher": named(values["teacher"]),
+        "encoder": named(values["encoder"]),
+        "assistant": [named(path) for path in values["assistant"]],
+        "method": method,
+    }
 
 
 def digest_of(values: dict[str, Any]) -> str:
@@ -91,11 +106,11 @@ def _label(text: str) -> str:
 
 
 @contextlib.contextmanager
-def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool = False) -> Iterator[Run]:
+def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly: bool = False) -> Iterator[Run]:
     """Open the spec's run directory, alone, and find out how far it is.
 
     Args:
-        teacher_digest: content digest of a teacher given as a file.
+        contents: content digests of what the spec names by path, as for `identity`.
         readonly: for ranks other than the first, which look but do not write or lock.
 
     Raises:
@@ -103,7 +118,7 @@ def open_run(spec: RunSpec, teacher_digest: str | None = None, *, readonly: bool
         IncompatibleError: it holds a run with another spec (every differing field is named).
         WriteError: it cannot be made.
     """
-    mine = identity(spec, teacher_digest)
+    mine = identity(spec, contents)
     digest = digest_of(mine)
     directory = directory_for(spec, digest)
     if readonly:
@@ -176,10 +191,10 @@ def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
     from kdcli.specs import validate
 
     stored = validate(RunSpec, durable.read_json(directory / "spec.json"))
-    theirs = stored.identity()
-    if str(mine.get("teacher", "")).startswith("content:"):
-        theirs["teacher"] = mine["teacher"]  # checked against the digest in the resume state
-    old, new = flat(theirs), flat(mine)
+    old, new = flat(stored.identity()), flat(mine)
+    for key, value in new.items():
+        if "content:" in str(value) and key in old:
+            old[key] = value  # by another path, perhaps; the content is checked against the resume state
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differing[:6])

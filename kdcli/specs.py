@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -179,6 +180,9 @@ class RunSpec(Section):
     """The distillation method's name and settings (`--method NAME`, `--set method.KEY=VALUE`)."""
     teacher: str | None = None
     """Teacher: an architecture, a checkpoint or a run directory."""
+    assistant: tuple[str, ...] = ()
+    """Assistants between teacher and student, from large to small, each an architecture, a checkpoint or a run directory;
+    repeatable or comma-separated (takd, dgkd). Missing ones are distilled first."""
     student: str | None = None
     """Student architecture: a name of `kd list models`, timm:NAME or torchvision:NAME."""
     teacher_taps: tuple[str, ...] | None = None
@@ -218,6 +222,15 @@ class RunSpec(Section):
     @classmethod
     def _known_student(cls, value: str | None) -> str | None:
         return None if value is None else canonical_model(value, field="--student")
+
+    @field_validator("assistant")
+    @classmethod
+    def _known_assistants(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        def known(name: str) -> str:
+            path = Path(name)  # whether a path leads to a network is found out when it is read
+            return name if path.exists() or path.suffix else canonical_model(name, field="--assistant")
+
+        return tuple(known(name) for name in value)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

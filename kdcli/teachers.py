@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from dataclasses import replace
@@ -13,28 +14,31 @@ from kdcli.errors import IncompatibleError, InputError, UsageError
 from kdcli.flags import Request
 from kdcli.models.names import canonical
 from kdcli.runs import digest_of, directory_for, flat, identity
-from kdcli.specs import RunSpec, field_paths
+from kdcli.specs import RunSpec, TrainSpec, field_paths
 
 if TYPE_CHECKING:
     from kdcli.networks import Loaded
 
 
-def named_file(spec: RunSpec) -> Path | None:
-    """The checkpoint a spec's teacher names, or None if it names an architecture.
+def named_file(name: str) -> Path | None:
+    """The checkpoint that a teacher or assistant names, or None if it names an architecture.
 
     Raises:
-        UsageError: it is neither a path that exists nor an architecture.
+        UsageError: it is neither a path that exists nor an architecture, or a pickle, which training does not read.
         InputError: it is a run directory without a finished network.
     """
-    assert spec.teacher is not None
-    path = Path(spec.teacher)
+    path = Path(name)
+    if path.suffix in (".pth", ".pt", ".bin", ".tar"):
+        raise UsageError(
+            f"{name} is not a kd checkpoint",
+            field="--teacher",
+            hint=f"first: kd import {name} --arch ARCH --out teacher.safetensors",
+        )
     if path.is_file() or path.is_dir():
         return checkpoint.locate(path)
-    if path.suffix in (".safetensors", ".pth", ".pt") or (
-        "/" in spec.teacher and ":" not in spec.teacher.partition("/")[0]
-    ):
-        raise InputError(f"no such checkpoint or run directory: {spec.teacher}", field="--teacher")
-    canonical(spec.teacher, field="--teacher")
+    if path.suffix == ".safetensors" or ("/" in name and ":" not in name.partition("/")[0]):
+        raise InputError(f"no such checkpoint or run directory: {name}", field="--teacher")
+    canonical(name, field="--teacher")
     return None
 
 
@@ -43,33 +47,79 @@ def spec_for(spec: RunSpec) -> RunSpec:
 
     Equal to what `kd pretrain-teacher` resolves to with the same settings, so that a teacher is found again.
     """
-    method, values = methods.settings(spec)
-    train = spec.train
-    # What the recipe left open is left open again, to be filled in for the teacher; what the user set stays.
+    train = spec.train.model_copy(update={"lr": spec.train.teacher_lr, "teacher_lr": None})
+    return methods.resolve(_shared(spec, train).model_copy(update={"command": "pretrain-teacher", "assistant": ()}))
+
+
+def _shared(spec: RunSpec, train: TrainSpec) -> RunSpec:
+    """The raw spec of a network that many runs may share: seed 0, all images, a directory of its own.
+
+    What the recipe left open is left open again, to be filled in for that network; what the user set stays.
+    """
+    method, _ = methods.settings(spec)
     nesterov = None if train.nesterov == method.nesterov else train.nesterov
-    data = spec.data.model_copy(update={"ratio": 1.0})
-    system = spec.system.model_copy(update={"out": None, "overwrite": False})
-    train = train.model_copy(update={"lr": train.teacher_lr, "teacher_lr": None, "nesterov": nesterov})
-    raw = spec.model_copy(
+    return spec.model_copy(
         update={
-            "command": "pretrain-teacher",
-            "method": values.model_dump(mode="json"),
             "seed": 0,
-            "data": data,
-            "system": system,
-            "train": train,
+            "data": spec.data.model_copy(update={"ratio": 1.0}),
+            "system": spec.system.model_copy(update={"out": None, "overwrite": False}),
+            "train": train.model_copy(update={"nesterov": nesterov}),
         }
     )
-    return methods.resolve(raw)
+
+
+def backbone_for(spec: RunSpec) -> RunSpec | None:
+    """The spec of the backbone to which a resolved `pretrain-teacher` spec adds heads; None if it trains everything."""
+    method, values = methods.settings(spec)
+    settings = method.teacher_backbone(values)
+    if settings is None:
+        return None
+    return methods.resolve(_shared(spec, spec.train).model_copy(update={"method": settings}))
+
+
+def assistant_for(spec: RunSpec, position: int) -> RunSpec:
+    """The distillation that makes an assistant of a resolved spec: from the teacher and the assistants before it."""
+    train, student = spec.train, spec.student
+    assert student is not None
+    explicit = None if train.lr == methods.standard_rate(train, student) else train.lr
+    update = {
+        "student": spec.assistant[position],
+        "student_taps": None,
+        "assistant": spec.assistant[:position],
+        "baseline": False,
+    }
+    return methods.resolve(_shared(spec, train.model_copy(update={"lr": explicit})).model_copy(update=update))
 
 
 def find(spec: RunSpec) -> tuple[RunSpec, Path | None]:
     """The spec of the teacher that fits, and its finished checkpoint under the runs folder, if it is there."""
     wanted = spec_for(spec)
-    directory = directory_for(wanted, digest_of(identity(wanted)))
-    file = directory / "teacher.safetensors"
-    finished = (directory / "summary.json").is_file() and file.is_file()
-    return wanted, file if finished else None
+    return wanted, finished(wanted)
+
+
+def contents(spec: RunSpec) -> dict[str, str]:
+    """Content digests of everything a spec names by path, by that path.
+
+    Raises:
+        UsageError: a network is named by a file that kd does not read.
+        InputError: a file is missing or damaged.
+    """
+    found: dict[str, str] = {}
+    for name in (spec.teacher, *spec.assistant):
+        if name is not None and (file := named_file(name)) is not None:
+            found[name] = checkpoint.digest(file)
+    method = spec.method["name"]
+    if method.endswith(".py"):
+        found[method] = hashlib.sha256(Path(method).read_bytes()).hexdigest()
+    return found
+
+
+def finished(wanted: RunSpec) -> Path | None:
+    """The network of the run that a spec describes, if that run is finished under the runs folder."""
+    directory = directory_for(wanted, digest_of(identity(wanted, contents(wanted))))
+    role = "teacher" if wanted.command == "pretrain-teacher" else "student"
+    file = directory / f"{role}.safetensors"
+    return file if (directory / "summary.json").is_file() and file.is_file() else None
 
 
 def command_for(wanted: RunSpec) -> str:
@@ -115,18 +165,4 @@ def check(loaded: Loaded, spec: RunSpec, classes: int) -> None:
             f"set to {wanted['transform']} at scale {wanted['scale']}",
             field="--teacher",
             hint=f"make one that fits: {command}",
-        )
-
-
-def refuse_pth(spec: RunSpec) -> None:
-    """Training commands read no pickles.
-
-    Raises:
-        UsageError: the teacher is a `.pth` or `.pt` file.
-    """
-    if spec.teacher is not None and spec.teacher.endswith((".pth", ".pt", ".bin", ".tar")):
-        raise UsageError(
-            f"{spec.teacher} is not a kd checkpoint",
-            field="--teacher",
-            hint=f"first: kd import {spec.teacher} --arch ARCH --out teacher.safetensors",
         )

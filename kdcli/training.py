@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from kdcli.methods.base import Method, Setting
 from kdcli.models import build
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, parameters_of, stage_shapes
+from kdcli.models.panel import Panel
 from kdcli.networks import Loaded, compare_classes, describe, fingerprint, load_network, tensors_of
 from kdcli.output import Story, envelope
 from kdcli.runs import Run, environment, open_run
-from kdcli.specs import RunSpec
+from kdcli.specs import RunSpec, TrainSpec
 
 _EVAL_BATCH = 250
 
@@ -67,24 +69,40 @@ def make_network(spec: RunSpec, role: str, method: type[Method], values: Any, da
         dataset.image_size,
         pretrained=spec.pretrained,
         taps=taps,
-        fixed_stride=method.fixed_stride,
+        fixed_stride=method.fixed_stride or values.teacher_scale > 1,
     )
 
 
-def make_teacher(spec: RunSpec, method: type[Method], values: Any, dataset: DataSet) -> Network | Headed:
-    """A fresh teacher with the heads that the method asks for."""
-    network = make_network(spec, "teacher", method, values, dataset)
+def make_teacher(
+    spec: RunSpec, method: type[Method], values: Any, dataset: DataSet, backbone: Network | None = None
+) -> Network | Headed:
+    """A fresh teacher with the heads that the method asks for.
+
+    Args:
+        backbone: a trained network that is to get the heads, if the method keeps it as it is; default: a fresh one.
+    """
+    network = backbone or make_network(spec, "teacher", method, values, dataset)
     # Not every network takes every size: find out before anything is trained.
     stage_shapes(network, dataset.image_size * method.inference(values, "teacher")["scale"])
     torch.manual_seed(mix(spec.seed, "heads"))
     heads = method.teacher_heads(values, network, len(dataset.classes))
-    return network if heads is None else Headed(network, heads)
+    if heads is None:
+        return network
+    return Headed(network, heads, frozen=method.teacher_backbone(values) is not None)
 
 
-def make_method(spec: RunSpec, dataset: DataSet, student: Network | None, teacher: Network | Headed | None) -> Method:
+def make_method(
+    spec: RunSpec, dataset: DataSet, student: Network | None, teacher: Network | Headed | Panel | None
+) -> Method:
     """The method's side of the training, its own modules initialised from the seed."""
     method, values = methods.settings(spec)
-    setting = Setting(len(dataset.classes), dataset.image_size, spec.train.label_smoothing)
+    setting = Setting(
+        len(dataset.classes),
+        dataset.image_size,
+        spec.train.label_smoothing,
+        scale=values.teacher_scale,
+        labels=dataset.train.labels,
+    )
     torch.manual_seed(mix(spec.seed, "method"))
     return method(values, setting, student, teacher)  # type: ignore[call-arg]
 
@@ -96,7 +114,8 @@ def _augment(spec: RunSpec, dataset: DataSet) -> str:
 
 
 def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *, train: bool) -> Loader:
-    """The loader of a split; this rank's share of it."""
+    """The loader of a split; this rank's share of it. For training with the extra views that the method asks for."""
+    method, values = methods.settings(spec)
     return Loader(
         split,
         mean=dataset.mean,
@@ -111,7 +130,16 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         timeout=spec.system.data_timeout,
         rank=distributed.rank(),
         world=distributed.world(),
+        **({"extra": method.augmentations(values)} if train and method.augmentations(values) else {}),
     )
+
+
+def recipe_of(spec: RunSpec) -> TrainSpec:
+    """How the spec's network is trained: its recipe, or what the method makes of it for the heads of its teacher."""
+    if spec.command != "pretrain-teacher":
+        return spec.train
+    method, values = methods.settings(spec)
+    return method.teacher_recipe(values, spec.train)
 
 
 def evaluated_part(spec: RunSpec, split: Split) -> Split:
@@ -159,13 +187,14 @@ def _fit(
     facts: dict[str, Any],
 ) -> tuple[Fitted, Job]:
     spec = run.spec
+    recipe = recipe_of(spec)
     train = make_loader(spec, dataset, dataset.train, device, train=True)
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.modules())
-    check_batches(train, normalised, spec.train.batch_size)
+    check_batches(train, normalised, recipe.batch_size)
     role = "teacher" if spec.command == "pretrain-teacher" else "student"
     name = spec.teacher if role == "teacher" else spec.student
     title = f"{spec.method['name']} {role} {name}"
-    job = Job(run, step, use, device, train, _tests(spec, dataset, device), story, stop, title, facts)
+    job = Job(run, step, use, device, train, _tests(spec, dataset, device), recipe, story, stop, title, facts)
     fitted = fit(job)
     train.close()
     return fitted, job
@@ -206,12 +235,12 @@ def _summary(run: Run, fitted: Fitted, device: Device, network: nn.Module, use: 
 
 
 @contextlib.contextmanager
-def _opened(spec: RunSpec, digest: str | None = None) -> Iterator[Run]:
+def _opened(spec: RunSpec, contents: dict[str, str]) -> Iterator[Run]:
     """`open_run` on every rank: the first makes or clears the directory before the others look, and writes all."""
     first = distributed.rank() == 0
     if not first:
         distributed.barrier()
-    with open_run(spec, digest, readonly=not first) as run:
+    with open_run(spec, contents, readonly=not first) as run:
         if first:
             distributed.barrier()
         yield run
@@ -224,21 +253,53 @@ def pretrain_teacher(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, A
     A finished run is not repeated, an unfinished one goes on.
     """
     first = distributed.rank() == 0
-    with guarded(), _opened(spec) as run:
+    contents = teachers.contents(spec)
+    with guarded(), _opened(spec, contents) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
         device = open_recorded_device(spec, run)
         dataset = load_data(spec, story)
         method, values = methods.settings(spec)
-        teacher = make_teacher(spec, method, values, dataset)
+        backbone = _backbone(spec, story, stop, dataset)
+        teacher = make_teacher(spec, method, values, dataset, None if backbone is None else backbone.backbone)
         use = Use(**method.inference(values, "teacher"))
         step = TeacherStep(make_method(spec, dataset, None, teacher), teacher, use, device)
-        fitted, _ = _fit(run, step, use, dataset, device, story, stop, {"classes": list(dataset.classes)})
-        summary = _summary(run, fitted, device, teacher, use, "teacher.safetensors")
+        told: dict[str, Any] = {}
+        if backbone is not None:
+            told = {"backbone": {"digest": backbone.digest, "checkpoint": str(backbone.path)}}
+        facts = _facts(spec, dataset, contents)
+        if backbone is not None:
+            facts["backbone"] = backbone.digest
+        fitted, _ = _fit(run, step, use, dataset, device, story, stop, facts)
+        summary = _summary(run, fitted, device, teacher, use, "teacher.safetensors") | told
         if first:
-            _export(run, "teacher", fitted.network, dataset, use, summary, {})
+            _export(run, "teacher", fitted.network, dataset, use, summary, told)
         return summary
+
+
+def _facts(spec: RunSpec, dataset: DataSet, contents: dict[str, str]) -> dict[str, Any]:
+    """What a resumed run must find as it was, besides its spec."""
+    facts: dict[str, Any] = {"classes": list(dataset.classes)}
+    if spec.method["name"] in contents:
+        facts["method's file"] = contents[spec.method["name"]]
+    return facts
+
+
+def _backbone(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet) -> Loaded | None:
+    """The trained network to which the spec's teacher adds heads, trained first if there is none; None if it does not."""
+    wanted = teachers.backbone_for(spec)
+    if wanted is None:
+        return None
+    assert spec.teacher is not None
+    file = teachers.named_file(spec.teacher) or teachers.finished(wanted)
+    if file is None:
+        story.note(f"backbone: no trained {spec.teacher} for this recipe found, training it first")
+        file = Path(pretrain_teacher(wanted, story, stop)["checkpoint"])
+    loaded = load_network(file)
+    compare_classes(loaded.metadata, dataset, loaded.path)
+    teachers.check(loaded, wanted, len(dataset.classes))
+    return loaded
 
 
 def _export(
@@ -259,11 +320,10 @@ def _export(
     run.finish(summary)
 
 
-def _teacher(
-    spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool
-) -> tuple[Loaded, dict[str, Any]]:
+def _teacher(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool) -> Loaded:
     """The teacher of a distillation, trained first where the spec names an architecture without a trained one."""
-    file = teachers.named_file(spec)
+    assert spec.teacher is not None
+    file = teachers.named_file(spec.teacher)
     if file is None:
         method, values = methods.settings(spec)
         wanted, file = teachers.find(spec)
@@ -279,57 +339,118 @@ def _teacher(
                 )
             # Whatever makes the pair impossible shall show itself before the teacher is trained, and not after.
             made = make_teacher(wanted, method, values, dataset)
-            make_method(spec, dataset, make_network(spec, "student", method, values, dataset), made)
+            if not spec.assistant:
+                make_method(spec, dataset, make_network(spec, "student", method, values, dataset), made)
             del made
             story.note(f"teacher: no trained {spec.teacher} for this method and recipe found, training it first")
             file = Path(pretrain_teacher(wanted, story, stop)["checkpoint"])
     loaded = load_network(file)
     compare_classes(loaded.metadata, dataset, loaded.path)
     teachers.check(loaded, spec, len(dataset.classes))
+    _compare_normalization(loaded, dataset, story)
+    return loaded
+
+
+def _assistant(spec: RunSpec, position: int, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool) -> Loaded:
+    """An assistant of a distillation, itself distilled first where the spec names an architecture."""
+    name = spec.assistant[position]
+    file = teachers.named_file(name)
+    if file is None:
+        wanted = teachers.assistant_for(spec, position)
+        file = teachers.finished(wanted)
+        if file is not None:
+            story.note(f"assistant: {file}")
+        elif not auto:
+            raise InputError(
+                f"no trained assistant {name} for this teacher and recipe under {spec.system.runs_dir}",
+                field="--assistant",
+                hint="name a checkpoint, or leave out --no-auto-teacher",
+            )
+        else:
+            story.note(f"assistant: no trained {name} for this teacher and recipe found, distilling it first")
+            file = Path(distill(wanted, story, stop)["checkpoint"])
+    loaded = load_network(file)
+    compare_classes(loaded.metadata, dataset, loaded.path)
+    teachers.check(loaded, spec, len(dataset.classes))
+    _compare_normalization(loaded, dataset, story)
+    return loaded
+
+
+def _compare_normalization(loaded: Loaded, dataset: DataSet, story: Story) -> None:
+    """Say so where a network will see images normalised otherwise than those it was trained on."""
     theirs = loaded.metadata["normalization"]
     if theirs is None or max(abs(a - b) for a, b in zip(theirs["mean"], dataset.mean, strict=True)) > 0.01:
         story.note(
             f"{loaded.path} was trained with mean {theirs and theirs['mean']}; it will see images normalised with "
             f"{list(dataset.mean)}"
         )
-    return loaded, loaded.metadata.get("metrics", {}).get("test", {})
+
+
+@dataclass
+class _Taught:
+    """Who teaches a student.
+
+    Attributes:
+        network: as the method sees it: the teacher, the last assistant in its place, or a `Panel` of all.
+        main: the teacher or the assistant in its place.
+        told: what the summary says about it.
+    """
+
+    network: Network | Headed | Panel
+    main: Loaded
+    digests: list[str]
+    told: dict[str, Any]
+
+
+def _taught(
+    spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, device: Device, *, auto: bool
+) -> _Taught | None:
+    """Everyone who teaches the spec's student, frozen and on the device; None for a method without a teacher."""
+    method, _ = methods.settings(spec)
+    if not method.needs_teacher:
+        return None
+    if method.assistants == "last" and spec.assistant:
+        everyone = [_assistant(spec, len(spec.assistant) - 1, story, stop, dataset, auto=auto)]
+    else:
+        everyone = [_teacher(spec, story, stop, dataset, auto=auto)]
+        everyone += [_assistant(spec, i, story, stop, dataset, auto=auto) for i in range(len(spec.assistant))]
+    told = []
+    for loaded in everyone:
+        device.place(loaded.network.requires_grad_(False))
+        known = loaded.metadata.get("metrics", {}).get("test", {})
+        if "top1" not in known:
+            known = _measure(spec, loaded, dataset, device)
+        facts = {"arch": loaded.backbone.arch, "digest": loaded.digest, "checkpoint": str(loaded.path)}
+        told.append(facts | {key: known[key] for key in ("top1", "marginal", "aggregate", "n") if key in known})
+        story.note(f"teacher {loaded.backbone.arch}: {known['top1']:.2f} % on {known['n']} test images")
+    main, *others = everyone
+    network = main.network if not others else Panel(main.backbone, [loaded.backbone for loaded in others])
+    summary = {**told[0], "assistants": told[1:]} if others else told[0]
+    return _Taught(network.eval(), main, [loaded.digest for loaded in everyone], summary)
 
 
 def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool = True) -> dict[str, Any]:
     """Train the student that `spec` (a resolved `distill` or `fewshot` spec) describes; its summary.
 
     Args:
-        auto_teacher: train the teacher first if the spec names an architecture and none is found.
+        auto_teacher: train the teacher (and assistants) first if the spec names an architecture and none is found.
     """
     method, values = methods.settings(spec)
-    digest = None
-    if method.needs_teacher:
-        teachers.refuse_pth(spec)
-        if (file := teachers.named_file(spec)) is not None:
-            digest = checkpoint.digest(file)
+    contents = teachers.contents(spec)
     first = distributed.rank() == 0
-    with guarded(), _opened(spec, digest) as run:
+    with guarded(), _opened(spec, contents) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
         device = open_recorded_device(spec, run)
         dataset = load_data(spec, story)
-        loaded, known = None, {}
-        if method.needs_teacher:
-            loaded, known = _teacher(spec, story, stop, dataset, auto=auto_teacher)
+        taught = _taught(spec, story, stop, dataset, device, auto=auto_teacher)
         student = make_network(spec, "student", method, values, dataset)
-        teacher = None if loaded is None else loaded.network
+        teacher = None if taught is None else taught.network
         objective = make_method(spec, dataset, student, teacher)
-        facts: dict[str, Any] = {"classes": list(dataset.classes)}
-        told: dict[str, Any] = {}
-        if loaded is not None:
-            device.place(loaded.network.requires_grad_(False))
-            if "top1" not in known:
-                known = _measure(spec, loaded, dataset, device)
-            told = {"arch": loaded.backbone.arch, "digest": loaded.digest, "checkpoint": str(loaded.path)}
-            told |= {key: known[key] for key in ("top1", "marginal", "aggregate", "n") if key in known}
-            story.note(f"teacher {loaded.backbone.arch}: {known['top1']:.2f} % on {known['n']} test images")
-            facts["teacher"] = loaded.digest
+        facts = _facts(spec, dataset, contents)
+        if taught is not None:
+            facts["teacher"] = taught.digests
         use = Use(**method.inference(values, "student"))
         step = StudentStep(objective, student, teacher, use, device)
         before = None if teacher is None else fingerprint(teacher)
@@ -337,10 +458,10 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
         if teacher is not None and fingerprint(teacher) != before:
             raise RuntimeError("the frozen teacher changed during the training")
         summary = _summary(run, fitted, device, student, use, "student.safetensors")
-        if told:
-            summary["teacher"] = told
+        told = {} if taught is None else {"teacher": taught.told}
+        summary |= told
         if first:
-            _export(run, "student", fitted.network, dataset, use, summary, {"teacher": told} if told else {})
+            _export(run, "student", fitted.network, dataset, use, summary, told)
         return summary
 
 

@@ -198,6 +198,7 @@ OTHER = {
     "method": {"name": "vsd", "lambda4": 1.0},
     "teacher": "resnet32x4",
     "student": "resnet8x4",
+    "assistant": ["resnet8x4"],
     "teacher_taps": ["a", "b"],
     "student_taps": ["a", "b"],
     "encoder": "runs/x",
@@ -430,7 +431,7 @@ def test_methods_with_plain_teachers_share_them() -> None:
     distilled = resolved("distill", method="kd", teacher="wrn40_2", student="mobilenetv2")
     plain = resolved("pretrain-teacher", method="none", teacher="wrn40_2")
     assert teachers.spec_for(distilled).identity() == plain.identity()
-    assert plain.method == {"name": "none"}
+    assert plain.method == {"name": "none", "teacher_scale": 1, "scale_mode": "bilinear"}
     vsd = resolved("pretrain-teacher", method="vsd", teacher="wrn40_2")
     assert vsd.identity() != plain.identity()
 
@@ -462,9 +463,9 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     assert (kd, name) == ("kd", "pretrain-teacher")
     command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
     typed = command.make_context(name, arguments).params
-    values = {leaf: value for leaf, value in typed.items() if leaf in field_paths() and value is not None}
-    if isinstance(values.get("milestones"), str):
-        values["milestones"] = parse_tuple(values["milestones"])
+    values = {leaf: value for leaf, value in typed.items() if leaf in field_paths() and value not in (None, [])}
+    if "milestones" in values:
+        values["milestones"] = parse_tuple(",".join(values["milestones"]))
     made = resolved(name, *(typed["preset"] or []), sets=tuple(typed["set_"] or []), **values)
     assert made.identity() == wanted.identity()
     assert made.system.runs_dir == wanted.system.runs_dir

@@ -32,12 +32,14 @@ class Batch:
         labels: int64 [b], on the device.
         index: int64 [b], positions in the loader's split, on the device.
         weight: n_local * world / n_global; 0 for a sample that only keeps the rank busy. See `ranks.share`.
+        extra: further augmented copies of the images, each like `images`; what `Loader` was asked for.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     weight: float
+    extra: tuple[Tensor, ...] = ()
 
 
 class Loader:

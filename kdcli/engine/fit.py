@@ -34,6 +34,7 @@ from kdcli.inference import Use
 from kdcli.methods.base import Progress
 from kdcli.output import Story
 from kdcli.runs import Run
+from kdcli.specs import TrainSpec
 
 _SAVE_SECONDS = 30.0
 _READ_EVERY = 50  # steps between looks at the device's not-finite flag on a GPU
@@ -45,6 +46,7 @@ class Job:
 
     Attributes:
         tests: what to evaluate on, by split name; `test` is never used to choose anything.
+        recipe: how it is trained; the spec's, or what the method makes of it for its teacher.
         facts: what identifies the inputs (the teacher's digest, the classes); a resumed run must have the same.
     """
 
@@ -54,6 +56,7 @@ class Job:
     device: Device
     train: Loader
     tests: dict[str, Loader]
+    recipe: TrainSpec
     story: Story
     stop: StopFlag
     title: str
@@ -95,8 +98,8 @@ class _Training:
     """The state of one call of `fit`."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.spec = job, job.run.spec
-        recipe, device = self.spec.train, job.device
+        self.job, self.spec, self.recipe = job, job.run.spec, job.recipe
+        recipe, device = job.recipe, job.device
         self.module = device.place(job.step)
         self.optimizer = optim.optimizer(recipe, (p for p in self.module.parameters() if p.requires_grad), device.cuda)
         self.average = self._averaged() if recipe.ema is not None else None
@@ -113,7 +116,7 @@ class _Training:
         self.forward = self._wrapped()
 
     def _averaged(self) -> AveragedModel:
-        decay = self.spec.train.ema
+        decay = self.recipe.ema
         assert decay is not None
         return AveragedModel(
             self.job.step.trained, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
@@ -133,7 +136,7 @@ class _Training:
     # ------------------------------------------------------------------------------------------------------ the loop
 
     def run(self) -> Fitted:
-        job, recipe, story = self.job, self.spec.train, self.job.story
+        job, recipe, story = self.job, self.recipe, self.job.story
         self.started = self.saved = time.monotonic()
         self.session_images = 0
         if self.at == 0:
@@ -178,7 +181,7 @@ class _Training:
         self._read_flag()
 
     def _step(self, epoch: int, batch: Batch) -> None:
-        recipe, device = self.spec.train, self.job.device
+        recipe, device = self.recipe, self.job.device
         for group in self.optimizer.param_groups:
             group["lr"] = optim.rate(recipe, self.at, self.per_epoch)
         # Dropout and its like draw from torch's own generator: seeded per step, a resumed run draws the same.
@@ -187,6 +190,7 @@ class _Training:
             epoch=torch.tensor(float(epoch + 1), device=device.torch),
             fraction=torch.tensor(self.at / self.total, device=device.torch),
             odd_step=bool(self.at % 2),
+            seed=mix(self.spec.seed, "batch", self.at),
         )
         self.optimizer.zero_grad(set_to_none=True)
         output: StepOutput | None = None
@@ -298,7 +302,7 @@ class _Training:
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.at,
-            "lr": optim.rate(self.spec.train, max(self.at - 1, 0), self.per_epoch),
+            "lr": optim.rate(self.recipe, max(self.at - 1, 0), self.per_epoch),
             "train": {"top1": round(100 * means.pop("correct"), 4), "loss": round(sum(means.values()), 8)},
             "terms": {name: round(value, 8) for name, value in means.items()},
         }
@@ -310,7 +314,7 @@ class _Training:
         scores = [f"{s} {line[s]['single']['top1']:.2f}" for s in ("val", "test") if s in line]
         seconds = self.spent + time.monotonic() - self.started
         self.job.story.note(
-            f"{self.job.title}: epoch {epoch + 1}/{self.spec.train.epochs}  loss {line['train']['loss']:.4f}  "
+            f"{self.job.title}: epoch {epoch + 1}/{self.recipe.epochs}  loss {line['train']['loss']:.4f}  "
             f"train {line['train']['top1']:.2f}  {'  '.join(scores)}  lr {line['lr']:.4g}  {seconds:.0f} s"
         )
 
@@ -388,7 +392,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
         return [batch]
     cuts = [round(i * n / count) for i in range(count + 1)]
     return [
-        Batch(batch.images[a:b], batch.labels[a:b], batch.index[a:b], batch.weight)
+        Batch(batch.images[a:b], batch.labels[a:b], batch.index[a:b], batch.weight, tuple(x[a:b] for x in batch.extra))
         for a, b in itertools.pairwise(cuts)
         if b > a
     ]

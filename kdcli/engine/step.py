@@ -15,6 +15,7 @@ from kdcli.methods.base import Method, Progress
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
+from kdcli.models.panel import Panel
 from kdcli.transforms import fold, views
 
 
@@ -37,7 +38,7 @@ class StudentStep(nn.Module):
     """A student learning from a frozen teacher (or from labels alone)."""
 
     def __init__(
-        self, method: Method, student: Network, teacher: Network | Headed | None, use: Use, device: Device
+        self, method: Method, student: Network, teacher: Network | Headed | Panel | None, use: Use, device: Device
     ) -> None:
         super().__init__()
         self.method, self.student = method, student

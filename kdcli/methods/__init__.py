@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import InputError, UsageError, nearest
-from kdcli.specs import RunSpec, validate
+from kdcli.errors import InputError, KdError, UsageError, nearest
+from kdcli.specs import RunSpec, TrainSpec, validate
 
 if TYPE_CHECKING:
     from kdcli.methods.base import Method, MethodSpec
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SHIPPED = {
     "none": "the student alone, trained on the labels",
     "kd": "softened logits (Hinton et al. 2015)",
+    "takd": "a chain of assistants, each the teacher of the next (Mirzadeh et al. 2020)",
+    "dgkd": "teacher and assistants teaching together (Son et al. 2021)",
     "vsd": "variable scale distillation: rotated images at twice the size, joint labels, hierarchical heads",
 }
 
@@ -76,27 +78,50 @@ def settings(spec: RunSpec) -> tuple[type[Method], MethodSpec]:
     Raises:
         UsageError: a setting is unknown or out of range, named with its dotted path.
     """
-    method = method_class(spec.method["name"])
-    values: MethodSpec = validate(method.Spec, spec.method, prefix="method")
+    return _settings(spec.method)
+
+
+def _settings(given: dict[str, Any], pair: dict[str, Any] | None = None) -> tuple[type[Method], MethodSpec]:
+    method = method_class(given["name"])
+    values: MethodSpec = validate(method.Spec, {**(pair or {}), **given}, prefix="method")
     method.check(values)
     return method, values
 
 
+def _for_pair(spec: RunSpec) -> dict[str, Any]:
+    """What the literature chose for the spec's two networks; nothing where there are not two."""
+    if spec.command != "distill" or spec.student is None or spec.teacher is None:
+        return {}
+    method = method_class(spec.method["name"])
+    return method.for_pair(spec.method, _architecture(spec.teacher), spec.student, spec.data.dataset)
+
+
+def _architecture(network: str) -> str:
+    """The registry name of a network given by name, checkpoint or run directory."""
+    if not Path(network).exists():
+        return _name_or_none(network)
+    from kdcli import checkpoint
+
+    try:
+        metadata = checkpoint.read_metadata(checkpoint.locate(network))
+    except KdError:  # told, with the way out, when the teacher is loaded
+        return ""
+    return str(metadata.get("arch", {}).get("name", ""))
+
+
 def resolve(spec: RunSpec) -> RunSpec:
-    """`spec` with every default visible: the method's settings, and what the recipe leaves to pair and method.
+    """`spec` with every default visible: the method's settings (those of its pair where the literature has any), and what
+    the recipe leaves to pair and method.
 
     A teacher's spec keeps only what its training depends on, so that equal teachers have equal digests.
 
     Raises:
         UsageError: a setting is invalid, or the method takes no teacher and one was given (or the reverse).
     """
-    from kdcli.models.names import LIGHT, canonical
+    from kdcli.models.names import canonical
 
-    method, values = settings(spec)
+    method, values = _settings(spec.method, _for_pair(spec))
     train = spec.train
-
-    def rate(network: str) -> float:
-        return train.light_lr if network in LIGHT else train.base_lr
 
     explicit = train.lr
     changes: dict[str, Any] = {"nesterov": method.nesterov if train.nesterov is None else train.nesterov}
@@ -108,9 +133,10 @@ def resolve(spec: RunSpec) -> RunSpec:
         if train.nesterov is None:
             changes["nesterov"] = method.nesterov if teacher_class is method else teacher_class.nesterov
         values = validate(teacher_class.Spec, teacher_method, prefix="method")
-        name = canonical(spec.teacher, field="teacher")
-        changes |= {"lr": explicit or rate(name), "teacher_lr": None}
-        update |= {"teacher": name, "student": None, "student_taps": None}
+        grown = teacher_class.teacher_backbone(values) is not None and Path(spec.teacher).exists()
+        name = spec.teacher if grown else canonical(spec.teacher, field="teacher")
+        changes |= {"lr": explicit or standard_rate(train, _architecture(name)), "teacher_lr": None}
+        update |= {"teacher": name, "student": None, "student_taps": None, "assistant": ()}
         update["data"] = spec.data.model_copy(update={"ratio": 1.0})
     else:
         assert spec.student is not None
@@ -124,16 +150,39 @@ def resolve(spec: RunSpec) -> RunSpec:
                 field="--teacher",
                 hint="name an architecture, a checkpoint or a run directory",
             )
-        changes["lr"] = explicit or rate(spec.student)
+        if spec.assistant and method.assistants == "none":
+            raise UsageError(
+                f"the method {spec.method['name']} takes no assistants", field="--assistant", hint="takd and dgkd do"
+            )
+        if spec.assistant and values.teacher_scale != 1:
+            raise UsageError(
+                "assistants see images as the student does, so they cannot teach at another scale",
+                field="method.teacher_scale",
+                hint="leave out --teacher-scale or --assistant",
+            )
+        if not method.needs_teacher and getattr(values, "teacher_scale", 1) != 1:
+            raise UsageError(
+                f"the method {spec.method['name']} has no teacher whose images could be enlarged",
+                field="method.teacher_scale",
+                hint="leave it out",
+            )
+        changes["lr"] = explicit or standard_rate(train, spec.student)
         if method.needs_teacher and spec.teacher is not None:
             name = "" if Path(spec.teacher).exists() else _name_or_none(spec.teacher)
-            changes["teacher_lr"] = train.teacher_lr or explicit or rate(name)
+            changes["teacher_lr"] = train.teacher_lr or explicit or standard_rate(train, name)
             update["teacher"] = name or spec.teacher  # one spelling, so that WRN-40-2 and wrn40_2 are the same run
         else:
             changes["teacher_lr"] = None
     update["method"] = values.model_dump(mode="json")
     update["train"] = train.model_copy(update=changes)
     return spec.model_copy(update=update)
+
+
+def standard_rate(train: TrainSpec, network: str) -> float:
+    """The recipe's learning rate for a network by its registry name."""
+    from kdcli.models.names import LIGHT
+
+    return train.light_lr if network in LIGHT else train.base_lr
 
 
 def _name_or_none(teacher: str) -> str:

@@ -8,16 +8,20 @@ optimised, synchronised over ranks and saved for resuming, and is not in the exp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
+from kdcli.losses import cross_entropy
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
-from kdcli.specs import Section
+from kdcli.models.panel import Panel
+from kdcli.specs import Section, TrainSpec
+from kdcli.transforms import rescale
 
 
 class MethodSpec(Section):
@@ -25,6 +29,10 @@ class MethodSpec(Section):
 
     name: str
     """The method's name."""
+    teacher_scale: Literal[1, 2, 4] = 1
+    """How much larger the teacher's images are per side: VSD's variable scale for any method (VSD, Section 3.1.1)."""
+    scale_mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
+    """Interpolation of the teacher's images where they are enlarged."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,14 @@ class Progress:
         epoch: float tensor [], epochs begun: 1 in the first epoch (the convention of mdistiller's warm-ups).
         fraction: float tensor [], share of all steps done, from 0 towards 1.
         odd_step: whether the step's number is odd (for what alternates by batch).
+        seed: of this step and the same on every rank, for what is drawn for the whole batch. Read it only in a function
+            that torch.compile leaves alone (`torch.compiler.disable`): each new value would compile the step anew.
     """
 
     epoch: Tensor
     fraction: Tensor
     odd_step: bool
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,18 +61,28 @@ class Setting:
         classes: K, the number of classes of the data set.
         image_size: side of the student's input in pixels.
         label_smoothing: of the cross-entropy to the labels.
+        scale: how much larger the teacher's input is per side.
+        labels: int64 [n], the class of each image the student trains on, at the positions that `batch.index` names.
     """
 
     classes: int
     image_size: int
     label_smoothing: float
+    scale: int = 1
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def teacher_size(self) -> int:
+        """Side of the teacher's input in pixels."""
+        return self.image_size * self.scale
 
 
 class Method(nn.Module, ABC):
     """A distillation method.
 
     Subclasses set `Spec`, and take `(spec, setting, student, teacher)`; the networks may be inspected (shapes) to size
-    side modules, but are not kept: they are handed to the loss as features.
+    side modules, but are not kept: they are handed to the loss as features. Both are None, or the student alone is,
+    where only `teacher_loss` will be called.
     """
 
     Spec: ClassVar[type[MethodSpec]]
@@ -70,11 +91,37 @@ class Method(nn.Module, ABC):
     nesterov: ClassVar[bool] = False
     """Whether the method's literature trained with Nesterov momentum."""
     fixed_stride: ClassVar[bool] = False
-    """Whether networks must down-sample alike at every input size (the method shows the networks different sizes)."""
+    """Whether networks must down-sample alike at every input size even where both see the same size."""
+    assistants: ClassVar[Literal["none", "last", "all"]] = "none"
+    """Which assistants teach (`--assistant`): none are taken; the last of the chain in the teacher's place; or all of
+    them beside the teacher, whose features then hold theirs."""
+
+    def __init__(
+        self, spec: Any, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
+    ) -> None:
+        super().__init__()
+        self.spec: Any = spec
+        self.setting = setting
 
     @classmethod
     def check(cls, spec: Any) -> None:
         """Raise `UsageError` where settings contradict each other. Called before anything is loaded."""
+
+    @classmethod
+    def for_pair(cls, given: dict[str, Any], teacher: str, student: str, dataset: str) -> dict[str, Any]:
+        """Settings the literature chose for a pair of networks (registry names) on a data set; default none.
+
+        `given` is what the user set, which wins over these.
+        """
+        return {}
+
+    @classmethod
+    def augmentations(cls, spec: Any) -> tuple[Literal["crop", "strong"], ...]:
+        """Further augmented copies of each image, found in `batch.extra` in this order; default none.
+
+        `crop`: the same flip and another random crop; `strong`: RandAugment and a cut-out on a flip and crop of its own.
+        """
+        return ()
 
     @classmethod
     def student_outputs(cls, spec: Any, classes: int) -> int:
@@ -97,7 +144,25 @@ class Method(nn.Module, ABC):
 
         Two specs with equal teacher settings share a teacher.
         """
-        return {"name": "none"}
+        return {"name": "none", **cls.scale_settings(spec)}
+
+    @classmethod
+    def scale_settings(cls, spec: Any) -> dict[str, Any]:
+        """The settings that enlarge a teacher's images, where they are enlarged."""
+        return {} if spec.teacher_scale == 1 else {"teacher_scale": spec.teacher_scale, "scale_mode": spec.scale_mode}
+
+    @classmethod
+    def teacher_backbone(cls, spec: Any) -> dict[str, Any] | None:
+        """Name and settings of the method that trains the backbone to which this method's teacher adds its heads.
+
+        The backbone is then frozen and only the heads are trained; default None: backbone and heads from scratch.
+        """
+        return None
+
+    @classmethod
+    def teacher_recipe(cls, spec: Any, recipe: TrainSpec) -> TrainSpec:
+        """The recipe by which this method's teacher is trained, given the run's; default: the same."""
+        return recipe
 
     @classmethod
     def inference(cls, spec: Any, role: str) -> dict[str, Any]:
@@ -105,21 +170,22 @@ class Method(nn.Module, ABC):
 
         `transform` spans the joint label space of its main head (`none`: plain classes); `scale` enlarges its input.
         """
-        return {"transform": "none", "scale": 1, "scale_mode": "bilinear"}
+        scale = spec.teacher_scale if role == "teacher" else 1
+        return {"transform": "none", "scale": scale, "scale_mode": spec.scale_mode}
 
     def student_views(self, batch: Batch, progress: Progress) -> Tensor:
         """Images the student sees, [B*V,C,H,W]; default: the augmented batch."""
         return batch.images
 
     def teacher_views(self, batch: Batch, progress: Progress) -> Tensor:
-        """Images the teacher sees, [B*V,C,H,W]; default: the augmented batch."""
-        return batch.images
+        """Images the teacher sees, [B*V,C,sH,sW]; default: the augmented batch, enlarged by the teacher's scale s."""
+        return rescale(batch.images, self.spec.teacher_scale, self.spec.scale_mode)
 
     def student_features(self, student: Network, views: Tensor) -> Features:
         """One pass of the student; a method with heads on the student adds them here."""
         return student.features(views)
 
-    def teacher_features(self, teacher: Network | Headed, views: Tensor) -> Features:
+    def teacher_features(self, teacher: Network | Headed | Panel, views: Tensor) -> Features:
         """One pass of the frozen teacher (no gradients), without its auxiliary heads: override where a loss reads them."""
         backbone = teacher.network if isinstance(teacher, Headed) else teacher
         return backbone.features(views)
@@ -128,6 +194,6 @@ class Method(nn.Module, ABC):
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """The weighted terms of the student's loss, by name; their sum is minimised."""
 
-    @abstractmethod
     def teacher_loss(self, batch: Batch, teacher: Features, progress: Progress) -> dict[str, Tensor]:
-        """The weighted terms with which a teacher for this method is trained."""
+        """The weighted terms with which a teacher for this method is trained; default: {"ce"}, plain cross-entropy."""
+        return {"ce": cross_entropy(teacher.logits, batch.labels, self.setting.label_smoothing)}

@@ -43,8 +43,6 @@ class VSDSpec(MethodSpec):
     networks are compared on class marginals, because the joint spaces differ (our reading: Eq. 5 is undefined there)."""
     teacher_scale: Literal[1, 2, 4] = 2
     """How much larger the teacher's images are per side (Section 3.1.1: 2; Fig. 4a also 4)."""
-    scale_mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
-    """Interpolation of the teacher's images (Section 3.1.1: bilinear)."""
     scale_policy: Literal["fixed", "mixed"] = "fixed"
     """fixed: every batch at teacher_scale; mixed: every other batch at scale 1 (Section 1 speaks of varying resolutions,
     Section 3.1.1 of doubling; we read the former as the latter)."""
@@ -107,8 +105,7 @@ class VSD(Method):
     def __init__(
         self, spec: VSDSpec, setting: Setting, student: Network | None, teacher: Network | Headed | None
     ) -> None:
-        super().__init__()
-        self.spec, self.setting = spec, setting
+        super().__init__(spec, setting, student, teacher)
         self.m = views(spec.transform)
         self.same_space = spec.teacher_transform in (None, spec.transform)
         self.pool_teacher: nn.Module = nn.Identity()

@@ -32,6 +32,8 @@ class Features:
     """F0, F1..FL, each `[B, C, H, W]`."""
     heads: tuple[torch.Tensor, ...] = ()
     """Logits of the auxiliary heads, shallowest first; empty for a network without heads."""
+    assistants: tuple[Features, ...] = ()
+    """What the assistants of a `Panel` made of the same images."""
     _raw: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """What each stage was before its closing step (see `Network.close`); `_raw[i - 1]` belongs to stage i."""
     _network: Preactivating | None = field(default=None, repr=False)

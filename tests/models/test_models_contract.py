@@ -108,7 +108,7 @@ def test_heads_train_the_backbone(name: str) -> None:
 
 def test_shallowest_heads_can_be_dropped_and_maps_rescaled() -> None:
     network = build("vgg8", 5).eval()
-    headed = Headed(network, build_heads(network, 20, count=3), rescale=nn.Upsample(scale_factor=2)).eval()
+    headed = Headed(network, build_heads(network, 20, count=3)).eval()
     assert headed.taps == (1, 2, 4)
     with torch.no_grad():
         assert [tuple(h.shape) for h in headed.features(torch.randn(2, 3, 32, 32)).heads] == [(2, 20)] * 3
