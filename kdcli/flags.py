@@ -143,7 +143,7 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
     def run(**values: Any) -> None:
         flags: dict[str, Any] = {}
         for leaf, path in paths.items():
-            if (value := values.pop(leaf)) not in (None, []):
+            if (value := values.pop(leaf)) not in (None, [], ()):
                 if typing.get_origin(_bare(field_at(path).annotation)) is tuple:
                     value = parse_tuple(",".join(value))
                 flags[path] = value

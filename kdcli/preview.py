@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kdcli import methods, output, teachers
+from kdcli.building import load_data, make_method, make_network, make_teacher, recipe_of
 from kdcli.data.dataset import DataSet
 from kdcli.data.loader import Batch
 from kdcli.engine.device import Device, guarded, open_device
@@ -21,7 +22,6 @@ from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, 
 from kdcli.models.panel import Panel
 from kdcli.networks import compare_classes, load_network
 from kdcli.specs import RunSpec
-from kdcli.training import load_data, make_method, make_network, make_teacher, recipe_of
 
 _FEW = 4  # images in the smallest step that is timed
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import checkpoint
+from kdcli.building import load_data, make_loader
 from kdcli.data.dataset import DataSet, Split
 from kdcli.data.loader import Batch
 from kdcli.data.randomness import generator, mix
@@ -30,7 +31,7 @@ from kdcli.networks import Loaded, load_network
 from kdcli.output import Story, envelope
 from kdcli.runs import Run, open_run
 from kdcli.specs import RunSpec
-from kdcli.training import load_data, make_loader, open_recorded_device
+from kdcli.training import open_recorded_device
 from kdcli.transforms import rescale
 
 

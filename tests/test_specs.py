@@ -463,7 +463,7 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     assert (kd, name) == ("kd", "pretrain-teacher")
     command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
     typed = command.make_context(name, arguments).params
-    values = {leaf: value for leaf, value in typed.items() if leaf in field_paths() and value not in (None, [])}
+    values = {leaf: value for leaf, value in typed.items() if leaf in field_paths() and value not in (None, [], ())}
     if "milestones" in values:
         values["milestones"] = parse_tuple(",".join(values["milestones"]))
     made = resolved(name, *(typed["preset"] or []), sets=tuple(typed["set_"] or []), **values)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import methods, teachers
+from kdcli.building import make_method, make_network, make_teacher
 from kdcli.data.dataset import DataSet, Split
 from kdcli.data.loader import Batch
 from kdcli.engine import optim
@@ -23,7 +24,6 @@ from kdcli.models import build
 from kdcli.models.heads import Headed
 from kdcli.networks import tensors_of
 from kdcli.specs import RunSpec
-from kdcli.training import make_method, make_network, make_teacher
 
 CPU = Device(torch.device("cpu"), "fp32", 1)
 PROGRESS = Progress(torch.tensor(1.0), torch.tensor(0.0), odd_step=False)

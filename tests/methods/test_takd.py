@@ -16,7 +16,11 @@ def test_the_released_loss_and_its_gradient(dtype: torch.dtype, tolerance: float
     case = Case("takd")
     lam = case.hyper["lam"]
     spec = TAKDSpec(ce_weight=1 - lam, kd_weight=lam, temperature=case.hyper["T"], reduction="mean")
-    s, t, y = case.input("student_logits", dtype, learns=True), case.input("teacher_logits", dtype), case.input("target")
+    s, t, y = (
+        case.input("student_logits", dtype, learns=True),
+        case.input("teacher_logits", dtype),
+        case.input("target"),
+    )
     terms = TAKD(spec, setting(20), None, None).loss(batch(y), features(s), features(t), PROGRESS)
     total = terms["ce"] + terms["kd"]
     total.backward()

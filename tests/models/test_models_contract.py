@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from kdcli.errors import IncompatibleError
 from kdcli.models import build
