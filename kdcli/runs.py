@@ -71,13 +71,16 @@ def _by_content(values: dict[str, Any], contents: dict[str, str]) -> dict[str, A
     def named(path: Any) -> Any:
         return f"content:{contents[path]}" if path in contents else path
 
-    method = {**values["method"], "name": named(values["method"]["name"])}
+    def of_method(settings: dict[str, Any]) -> dict[str, Any]:  # lskd names a method inside its own settings
+        nested = {key: of_method(value) for key, value in settings.items() if isinstance(value, dict)}
+        return {**settings, **nested, **({"name": named(settings["name"])} if "name" in settings else {})}
+
     return {
         **values,
         "teacher": named(values["teacher"]),
         "encoder": named(values["encoder"]),
         "assistant": [named(path) for path in values["assistant"]],
-        "method": method,
+        "method": of_method(values["method"]),
     }
 
 

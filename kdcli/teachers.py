@@ -74,7 +74,10 @@ def backbone_for(spec: RunSpec) -> RunSpec | None:
     settings = method.teacher_backbone(values)
     if settings is None:
         return None
-    return methods.resolve(_shared(spec, spec.train).model_copy(update={"method": settings}))
+    wanted = _shared(spec, spec.train).model_copy(update={"method": settings})
+    if spec.teacher is not None and named_file(spec.teacher) is not None:
+        return wanted  # it is there, so nothing of its recipe is to be filled in
+    return methods.resolve(wanted)
 
 
 def assistant_for(spec: RunSpec, position: int) -> RunSpec:
@@ -108,10 +111,16 @@ def contents(spec: RunSpec) -> dict[str, str]:
     for name in (spec.teacher, *spec.assistant):
         if name is not None and (file := named_file(name)) is not None:
             found[name] = checkpoint.digest(file)
-    method = spec.method["name"]
-    if method.endswith(".py"):
-        found[method] = hashlib.sha256(Path(method).read_bytes()).hexdigest()
+    for method in _methods_named(spec.method):
+        if method.endswith(".py"):
+            found[method] = hashlib.sha256(Path(method).read_bytes()).hexdigest()
     return found
+
+
+def _methods_named(settings: dict[str, Any]) -> list[str]:
+    """The names of a method and of those inside its settings (lskd's `inner`)."""
+    inner = [name for value in settings.values() if isinstance(value, dict) for name in _methods_named(value)]
+    return [str(settings["name"]), *inner] if "name" in settings else inner
 
 
 def finished(wanted: RunSpec) -> Path | None:

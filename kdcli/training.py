@@ -157,8 +157,9 @@ def pretrain_teacher(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, A
 def _facts(spec: RunSpec, dataset: DataSet, contents: dict[str, str]) -> dict[str, Any]:
     """What a resumed run must find as it was, besides its spec."""
     facts: dict[str, Any] = {"classes": list(dataset.classes)}
-    if spec.method["name"] in contents:
-        facts["method's file"] = contents[spec.method["name"]]
+    code = [digest for path, digest in contents.items() if path.endswith(".py")]
+    if code:
+        facts["method's file"] = code
     return facts
 
 

@@ -15,10 +15,13 @@ from torch import Tensor
 from kdcli.data.dataset import Split
 from kdcli.data.randomness import generator
 from kdcli.data.ranks import share
-from kdcli.data.resident import Resident, draw
+from kdcli.data.resident import Resident, draw, draw_crop
 from kdcli.data.stream import Samples, Stream
 from kdcli.data.transforms import transform
 from kdcli.errors import UsageError, nearest
+
+Share = tuple[int, int, float]
+"""`(start, stop, weight)` of what this rank computes of a step, see `ranks.share`."""
 
 AUGMENTS = ("crop", "flip", "none", "resized-crop", "rotation")
 
@@ -60,6 +63,9 @@ class Loader:
         timeout: seconds to wait for a worker.
         rank, world: this process among its peers.
         channels_last: memory format of the images.
+        extra: further views of each image in a batch, in training only. `crop`: the same flip and another crop (where
+            the augmentation crops nothing, the same image); `strong`: RandAugment and a cut-out on a crop and flip of
+            its own, always streamed. `Batch.images` do not depend on it.
 
     Raises:
         UsageError: no samples, a batch size below 1, or an unknown augmentation.
@@ -82,6 +88,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         channels_last: bool = True,
+        extra: tuple[str, ...] = (),
     ) -> None:
         if len(split) == 0:
             raise UsageError("there are no samples, so an epoch would have no step", field="data")
@@ -99,6 +106,7 @@ class Loader:
         deviation = torch.tensor(std, dtype=torch.float64)
         self.scale = (1 / (255 * deviation)).float()
         self.shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float()
+        self.extra = extra if train else ()
         self._resident: Resident | None = None
         self._stream: Stream | None = None
         if split.images is not None and self.augment in ("crop", "flip", "none"):
@@ -106,11 +114,20 @@ class Loader:
             self._resident = Resident(
                 split.images, padding=padding, device=self.device, scale=self.scale, shift=self.shift
             )
-        else:
+        # The views that are read sample by sample: all of them, or only the strong ones.
+        self._streamed_extra = self.extra if self._resident is None else tuple(k for k in self.extra if k == "strong")
+        if self._resident is None or self._streamed_extra:
             function = transform(image_size, self.augment, train=train, files=split.images is None)
-            samples = Samples(split, function, seed, random=self.augment != "none")
+            samples = Samples(
+                split,
+                function,
+                seed,
+                random=self.augment != "none",
+                extra=self._streamed_extra,
+                base=self._resident is None,
+            )
             self._stream = Stream(samples, workers=workers, timeout=timeout)
-            self.scale, self.shift = (t.to(self.device).view(3, 1, 1) for t in (self.scale, self.shift))
+        self.scale, self.shift = (t.to(self.device).view(3, 1, 1) for t in (self.scale, self.shift))
 
     def __len__(self) -> int:
         return self.steps
@@ -134,7 +151,10 @@ class Loader:
         order = self.order(epoch)
         shares = [self._share(step) for step in range(start, self.steps)]
         shares = [(low, high, weight) for low, high, weight in shares if low < high]
-        yield from self._from_device(epoch, order, shares) if self._resident else self._streamed(epoch, order, shares)
+        labels, index = self._aligned(order)
+        views = self._from_device(epoch, order, shares) if self._resident else self._streamed(epoch, order, shares)
+        for (low, high, weight), (images, *extra) in zip(shares, views, strict=True):
+            yield Batch(images, labels[low:high], index[low:high], weight, tuple(extra))
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -150,22 +170,32 @@ class Loader:
         """`(labels, index)` of an epoch, in its order, on the device: a batch's are then mere slices."""
         return self.split.labels[order].to(self.device), order.to(self.device)
 
-    def _from_device(self, epoch: int, order: Tensor, shares: list[tuple[int, int, float]]) -> Iterator[Batch]:
+    def _from_device(self, epoch: int, order: Tensor, shares: list[Share]) -> Iterator[list[Tensor]]:
+        """All views of each share: the image, then the extra ones in their order."""
         resident = self._resident
         assert resident is not None
+        crop = self.augment == "crop"
         draws = None if self.augment == "none" else draw(len(self.split), resident.padding, self.seed, epoch)
-        plan = resident.plan(order, draws, crop=self.augment == "crop")
-        labels, index = self._aligned(order)
-        for low, high, weight in shares:
-            images = resident.batch(plan, low, high, self.image_size).contiguous(memory_format=self.memory_format)
-            yield Batch(images, labels[low:high], index[low:high], weight)
+        plan = resident.plan(order, draws, crop=crop)
+        plans = []
+        for number, kind in enumerate(self.extra):
+            if kind == "crop":
+                other = draw_crop(draws, resident.padding, self.seed, epoch, number) if draws and crop else draws
+                plans.append(resident.plan(order, other, crop=crop))
+        strong = self._streamed(epoch, order, shares) if self._streamed_extra else iter([[] for _ in shares])
+        for low, high, _ in shares:
+            first, *others = (resident.batch(p, low, high, self.image_size) for p in [plan, *plans])
+            crops, strongs = map(self._laid_out, others), iter(next(strong))
+            yield [self._laid_out(first), *(next(crops if kind == "crop" else strongs) for kind in self.extra)]
 
-    def _streamed(self, epoch: int, order: Tensor, shares: list[tuple[int, int, float]]) -> Iterator[Batch]:
+    def _streamed(self, epoch: int, order: Tensor, shares: list[Share]) -> Iterator[list[Tensor]]:
+        """The views of each share that are read sample by sample."""
         stream = self._stream
         assert stream is not None
-        labels, index = self._aligned(order)
         positions = order.tolist()
-        keys = [(epoch, positions[low:high]) for low, high, _ in shares]
-        for (low, high, weight), raw in zip(shares, stream.batches(keys), strict=True):
-            pixels = raw.to(self.device).contiguous(memory_format=self.memory_format)
-            yield Batch(torch.addcmul(self.shift, pixels, self.scale), labels[low:high], index[low:high], weight)
+        for raw in stream.batches([(epoch, positions[low:high]) for low, high, _ in shares]):
+            views = [raw] if raw.dim() == 4 else list(raw.unbind(1))
+            yield [torch.addcmul(self.shift, self._laid_out(view.to(self.device)), self.scale) for view in views]
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.memory_format)

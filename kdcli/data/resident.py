@@ -32,6 +32,13 @@ def draw(count: int, padding: int, seed: int, epoch: int) -> Draws:
     return Draws(top, left, torch.rand(count, generator=g) < 0.5)
 
 
+def draw_crop(draws: Draws, padding: int, seed: int, epoch: int, number: int) -> Draws:
+    """Other crops with the same flips, for the further view `number`."""
+    g = generator(seed, epoch, "crop", number)
+    top, left = torch.randint(0, 2 * padding + 1, (2, draws.flip.shape[0]), generator=g)
+    return Draws(top, left, draws.flip)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an epoch's batches need, on the device, in the order of the epoch.

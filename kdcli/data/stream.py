@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from kdcli.data.dataset import Split
 from kdcli.data.decode import read_tensor
-from kdcli.data.transforms import Transform, seeded
+from kdcli.data.strong import Strong
+from kdcli.data.transforms import Flipped, Transform, seeded
 from kdcli.errors import KdError, WorkerError
 
 Key = tuple[int, list[int]]
@@ -26,33 +27,78 @@ Key = tuple[int, list[int]]
 class Samples:
     """The data set as workers see it. It keeps no state: a sample is a function of seed, epoch and position.
 
+    Args:
+        function: what turns an image into the view that every method sees.
+        random: whether it draws anything.
+        extra: further views of each image, `crop` or `strong` (see `Loader`).
+        base: whether the batches hold the first view too, in front of the extra ones.
+
     Paths are one block of bytes with offsets, because a list of a million strings is copied into every worker as soon
     as its reference counts change (pytorch#13246).
     """
 
-    def __init__(self, split: Split, function: Transform, seed: int, random: bool) -> None:
+    def __init__(
+        self,
+        split: Split,
+        function: Transform,
+        seed: int,
+        random: bool,
+        *,
+        extra: tuple[str, ...] = (),
+        base: bool = True,
+    ) -> None:
         self.images = split.images
         encoded = [os.fsencode(path) for path in split.paths or []]
         self.names = np.frombuffer(b"".join(encoded) or b"\0", dtype=np.uint8)
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.ids = split.ids.numpy()
         self.function, self.seed, self.random = function, seed, random
+        self.extra, self.base = extra, base
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def sample(self, epoch: int, position: int) -> Tensor:
-        """uint8 [3,S,S]. Raises InputError where a file has become unreadable since it was checked."""
+        """uint8 [3,S,S], or [V,3,S,S] with further views.
+
+        Raises:
+            InputError: a file has become unreadable since it was checked.
+        """
         if self.images is not None:
             image = self.images[position]
         else:
             image = read_tensor(os.fsdecode(self.names[self.ends[position] : self.ends[position + 1]].tobytes()))
-        if not self.random:
-            return self.function(image)
-        return seeded(self.function, image, self.seed, epoch, int(self.ids[position]), "augment")
+        where = (self.seed, epoch, int(self.ids[position]))
+        if not self.extra:
+            return seeded(self.function, image, *where, "augment") if self.random else self.function(image)
+        first, flip = self._first(image, where)
+        views = [first] if self.base else []
+        for number, kind in enumerate(self.extra):
+            purpose = (*where, kind, number)
+            if kind == "strong":
+                views.append(seeded(Strong(self.function), image, *purpose))
+            elif isinstance(self.function, Flipped):
+                crop = seeded(self.function.geometric, image, *purpose)
+                views.append(crop.flip(-1) if flip else crop)
+            else:  # nothing random to draw anew
+                views.append(first)
+        return torch.stack(views)
+
+    def _first(self, image: Tensor, where: tuple[int, int, int]) -> tuple[Tensor, bool]:
+        """The view that every method sees, and whether it is flipped."""
+        if not isinstance(self.function, Flipped):
+            return self.function(image), False
+        flips: list[bool] = []
+
+        def noting(image: Tensor) -> Tensor:
+            augmented, flip = self.function.parts(image)  # type: ignore[attr-defined]
+            flips.append(flip)
+            return augmented
+
+        return seeded(noting, image, *where, "augment"), flips[0]
 
     def __getitems__(self, key: Key) -> Tensor | KdError:
-        """uint8 [b,3,S,S], or the error: torch would wrap a raised one into a traceback in text."""
+        """uint8 [b,3,S,S] or [b,V,3,S,S], or the error: torch would wrap a raised one into a traceback in text."""
         epoch, positions = key
         try:
             return torch.stack([self.sample(epoch, position) for position in positions])
@@ -87,7 +133,7 @@ class Stream:
         self._loader: DataLoader[Any] | None = None
 
     def batches(self, keys: list[Key]) -> Iterator[Tensor]:
-        """uint8 [b,3,S,S] for each key, in order.
+        """uint8 [b,3,S,S] or [b,V,3,S,S] for each key, in order.
 
         Raises:
             InputError: an image cannot be read.

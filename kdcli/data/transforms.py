@@ -33,6 +33,25 @@ class _Evaluation:
         return centre(shorter_side(image, int(self.size * 256 / 224)), self.size)
 
 
+class Flipped:
+    """A geometric augmentation and, behind it, a horizontal flip with probability 1/2.
+
+    Both can be had apart, for a further crop that is to be flipped like the first.
+    """
+
+    def __init__(self, geometric: Transform) -> None:
+        self.geometric = geometric
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.parts(image)[0]
+
+    def parts(self, image: Tensor) -> tuple[Tensor, bool]:
+        """The augmented image, and whether it was flipped."""
+        image = self.geometric(image)
+        flip = torch.rand(1).item() < 0.5
+        return (image.flip(-1) if flip else image), flip
+
+
 def transform(size: int, augment: str, *, train: bool, files: bool) -> Transform:
     """What turns one image into uint8 [3,size,size].
 
@@ -44,14 +63,13 @@ def transform(size: int, augment: str, *, train: bool, files: bool) -> Transform
         return _Evaluation(size) if files and size >= 128 else _Square(size)
     from torchvision.transforms import v2
 
-    flip = v2.RandomHorizontalFlip()
     if augment == "resized-crop":
-        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), flip])
+        return Flipped(v2.RandomResizedCrop(size, antialias=True))
     if augment == "rotation":
-        return v2.Compose([_Square(size), v2.RandomRotation([-20, 20]), flip])
+        return Flipped(v2.Compose([_Square(size), v2.RandomRotation([-20, 20])]))
     if augment == "crop":
-        return v2.Compose([_Square(size), v2.RandomCrop(size, padding=size // 8), flip])
-    return v2.Compose([_Square(size), flip]) if augment == "flip" else _Square(size)
+        return Flipped(v2.Compose([_Square(size), v2.RandomCrop(size, padding=size // 8)]))
+    return Flipped(_Square(size)) if augment == "flip" else _Square(size)
 
 
 def seeded(function: Transform, image: Tensor, *parts: int | str) -> Tensor:

@@ -20,6 +20,20 @@ SHIPPED = {
     "kd": "softened logits (Hinton et al. 2015)",
     "takd": "a chain of assistants, each the teacher of the next (Mirzadeh et al. 2020)",
     "dgkd": "teacher and assistants teaching together (Son et al. 2021)",
+    "fitnet": "a map of the teacher regressed from the student's (Romero et al. 2015)",
+    "at": "attention transfer: where each stage's maps are large (Zagoruyko & Komodakis 2017)",
+    "sp": "similarities between the images of a batch (Tung & Mori 2019)",
+    "rkd": "distances and angles between the images of a batch (Park et al. 2019)",
+    "vid": "variational information distillation of the maps (Ahn et al. 2019)",
+    "pkt": "probabilistic knowledge transfer between the images of a batch (Passalis & Tefas 2018)",
+    "nst": "neuron selectivity transfer: the channels' distribution (Huang & Wang 2017)",
+    "dkd": "target and non-target classes decoupled (Zhao et al. 2022)",
+    "nkd": "normalised non-target distribution and soft target (Yang et al. 2023)",
+    "dist": "correlations between and within classes (Huang et al. 2022)",
+    "mlkd": "logits aligned by instance, batch and class on two views (Jin et al. 2023)",
+    "lskd": "any logit method on standardised logits (Sun et al. 2024)",
+    "sskd": "similarities of rotated to upright images, beside the logits (Xu et al. 2020)",
+    "hsakd": "auxiliary heads over classes and rotations on every stage (Yang et al. 2021)",
     "vsd": "variable scale distillation: rotated images at twice the size, joint labels, hierarchical heads",
 }
 
@@ -83,9 +97,15 @@ def settings(spec: RunSpec) -> tuple[type[Method], MethodSpec]:
 
 def _settings(given: dict[str, Any], pair: dict[str, Any] | None = None) -> tuple[type[Method], MethodSpec]:
     method = method_class(given["name"])
-    values: MethodSpec = validate(method.Spec, {**(pair or {}), **given}, prefix="method")
+    values: MethodSpec = validate(method.Spec, _over(pair or {}, given), prefix="method")
     method.check(values)
     return method, values
+
+
+def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` laid over `base`, table by table (lskd has a table of its inner method's settings)."""
+    tables = {k: _over(base[k], v) for k, v in given.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | given | tables
 
 
 def _for_pair(spec: RunSpec) -> dict[str, Any]:

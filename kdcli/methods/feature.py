@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from kdcli.data.loader import Batch
-from kdcli.losses import cross_entropy, divergence
-from kdcli.methods.base import Method, MethodSpec, Progress
+from kdcli.errors import IncompatibleError
+from kdcli.losses import cross_entropy, divergence, exact
+from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.models.features import Features
+from kdcli.models.heads import Headed
+from kdcli.models.network import Network
+from kdcli.models.panel import Panel
+
+T = TypeVar("T")
+Align = Literal["last", "first"]
+
+
+def backbone(teacher: Network | Headed | Panel) -> Network:
+    """The network whose features are the teacher's, without heads or assistants."""
+    if isinstance(teacher, Headed):
+        return teacher.network
+    return teacher.teacher if isinstance(teacher, Panel) else teacher
+
+
+def aligned(student: Sequence[T], teacher: Sequence[T], align: Align) -> list[tuple[T, T]]:
+    """What belongs together of two networks' stages (anything listed per stage), shallowest first.
+
+    Where one network has more stages, its shallowest have no partner (`last`) or its deepest (`first`).
+    """
+    count = min(len(student), len(teacher))
+    first = align == "first"
+    s, t = (list(x[:count] if first else x[len(x) - count :]) for x in (student, teacher))
+    return list(zip(s, t, strict=True))
+
+
+def shrink(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Adaptive average pooling of [B,C,H,W] to `size`; nothing happens to a map of that size."""
+    h, w = size
+    if x.shape[2:] == (h, w):
+        return x
+    if x.shape[2] % h == 0 and x.shape[3] % w == 0:  # the same numbers, with a backward pass that is deterministic
+        return F.avg_pool2d(x, (x.shape[2] // h, x.shape[3] // w))
+    return F.adaptive_avg_pool2d(x, (h, w))
+
+
+def at_smaller_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [B,C,H,W] in fp32 or better, each averaged down to the smaller height and width of the two."""
+    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return shrink(exact(student), size), shrink(exact(teacher.detach()), size)
 
 
 class FeatureSpec(MethodSpec):
@@ -25,7 +69,25 @@ class FeatureSpec(MethodSpec):
 
 
 class FeatureMethod(Method):
-    """L = ce_weight · CE(s, y) [+ kd_weight · KD_T] + the terms of `compare`."""
+    """L = ce_weight · CE(s, y) [+ kd_weight · KD_T] + the terms of `compare`.
+
+    Raises:
+        IncompatibleError: the networks were made for different numbers of classes.
+    """
+
+    def __init__(
+        self, spec: Any, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
+    ) -> None:
+        super().__init__(spec, setting, student, teacher)
+        if student is None or teacher is None:
+            return
+        outputs = backbone(teacher).outputs
+        if student.outputs != outputs:
+            raise IncompatibleError(
+                f"the student has {student.outputs} outputs and the teacher {outputs}",
+                field="--teacher",
+                hint="use a teacher of the same data set",
+            )
 
     @abstractmethod
     def compare(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:

@@ -5,20 +5,29 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from kdcli.data.loader import Batch
+from kdcli.errors import IncompatibleError
 from kdcli.losses import cross_entropy
-from kdcli.methods.base import Method, MethodSpec, Progress
+from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.models.features import Features
+from kdcli.models.heads import Headed
+from kdcli.models.network import Network
+from kdcli.models.panel import Panel
 
 
 class LogitSpec(MethodSpec):
-    """Settings that every logit method has."""
+    """Settings that every logit method has; LSKD sets the last two."""
 
     ce_weight: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy to the labels."""
+    kd_weight: float = Field(default=1.0, ge=0)
+    """Weight of all terms that compare logits."""
+    temperature: float = Field(default=4.0, gt=0)
+    """T, by which both networks' logits are divided."""
 
 
 class LogitMethod(Method):
@@ -27,6 +36,13 @@ class LogitMethod(Method):
     prepare: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
     """Applied to the logits [B,K] of both networks before they are softened and compared instance by instance; the
     identity, unless LSKD standardises them."""
+
+    def __init__(
+        self, spec: LogitSpec, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
+    ) -> None:
+        super().__init__(spec, setting, student, teacher)
+        if student is not None and teacher is not None:
+            _check_widths(student, teacher)
 
     @abstractmethod
     def distil(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:
@@ -41,3 +57,24 @@ class LogitMethod(Method):
         assert teacher is not None
         ce = self.spec.ce_weight * self.supervised(batch, student)
         return {"ce": ce, **self.distil(batch, student, teacher, progress)}
+
+
+def non_target(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B,K] logits without each row's own class → [B,K-1], the other classes in their order."""
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= labels[:, None]).long())
+
+
+def _check_widths(student: Network, teacher: Network | Headed | Panel) -> None:
+    """Refuse networks whose logits cannot be compared, before anything is trained."""
+    if isinstance(teacher, Panel):
+        networks = [network for network in teacher.networks if isinstance(network, Network)]
+    else:
+        networks = [teacher.network if isinstance(teacher, Headed) else teacher]
+    for network in networks:
+        if network.outputs != student.outputs:
+            raise IncompatibleError(
+                f"the student has {student.outputs} outputs and {network.arch or 'the teacher'} has {network.outputs}",
+                field="--teacher",
+                hint="logits are compared class by class: take a teacher of the same data set",
+            )
