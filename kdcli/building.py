@@ -117,7 +117,7 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         timeout=spec.system.data_timeout,
         rank=distributed.rank(),
         world=distributed.world(),
-        **({"extra": method.augmentations(values)} if train and method.augmentations(values) else {}),
+        extra=method.augmentations(values) if train else (),
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SHIPPED = {
     "none": "the student alone, trained on the labels",
     "kd": "softened logits (Hinton et al. 2015)",
+    "dml": "untrained peers that learn from each other, without a teacher (Zhang et al. 2018)",
     "takd": "a chain of assistants, each the teacher of the next (Mirzadeh et al. 2020)",
     "dgkd": "teacher and assistants teaching together (Son et al. 2021)",
     "fitnet": "a map of the teacher regressed from the student's (Romero et al. 2015)",
@@ -27,6 +28,9 @@ SHIPPED = {
     "vid": "variational information distillation of the maps (Ahn et al. 2019)",
     "pkt": "probabilistic knowledge transfer between the images of a batch (Passalis & Tefas 2018)",
     "nst": "neuron selectivity transfer: the channels' distribution (Huang & Wang 2017)",
+    "crd": "contrast of embeddings against memory banks (Tian et al. 2020)",
+    "ofd": "maps before their ReLU, their negative part down to a margin (Heo et al. 2019)",
+    "reviewkd": "maps fused from deep to shallow, compared at several scales (Chen et al. 2021)",
     "dkd": "target and non-target classes decoupled (Zhao et al. 2022)",
     "nkd": "normalised non-target distribution and soft target (Yang et al. 2023)",
     "dist": "correlations between and within classes (Huang et al. 2022)",
