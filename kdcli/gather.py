@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
+from kdcli.losses import exact
 
 
 def world() -> int:
@@ -99,9 +100,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
         if not self.training or world() == 1:
             return super().forward(input)
-        x = input.float()
+        x = exact(input)
         dims = [0, 2, 3]
-        count = torch.tensor([float(x.numel() // x.shape[1])], device=x.device)
+        count = x.new_tensor([x.numel() // x.shape[1]])
         count = _Sum.apply(count)
         mean = _Sum.apply(x.sum(dims)) / count
         centred = x - mean[:, None, None]
@@ -111,8 +112,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             momentum = 0.1 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.detach(), momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).detach(), momentum)
+            unbiased = variance * count / (count - 1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
             self.num_batches_tracked.add_(1)
         normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return (normalised * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)

@@ -24,6 +24,7 @@ Share = tuple[int, int, float]
 """`(start, stop, weight)` of what this rank computes of a step, see `ranks.share`."""
 
 AUGMENTS = ("crop", "flip", "none", "resized-crop", "rotation")
+EXTRAS = ("crop", "strong")
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Loader:
             its own, always streamed. `Batch.images` do not depend on it.
 
     Raises:
-        UsageError: no samples, a batch size below 1, or an unknown augmentation.
+        UsageError: no samples, a batch size below 1, or an unknown augmentation or further view.
     """
 
     def __init__(
@@ -96,6 +97,9 @@ class Loader:
             raise UsageError(f"a batch of {batch_size} samples", field="train.batch_size", hint="use 1 or more")
         if augment not in AUGMENTS:
             raise UsageError(f"unknown augmentation {augment!r}", field="data.augment", hint=nearest(augment, AUGMENTS))
+        for kind in extra:
+            if kind not in EXTRAS:
+                raise UsageError(f"unknown further view {kind!r}", field="method", hint=nearest(kind, EXTRAS))
         self.split, self.image_size, self.batch_size = split, image_size, batch_size
         self.seed, self.train, self.rank, self.world = seed, train, rank, world
         self.device = torch.device(device)

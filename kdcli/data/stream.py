@@ -71,8 +71,10 @@ class Samples:
         where = (self.seed, epoch, int(self.ids[position]))
         if not self.extra:
             return seeded(self.function, image, *where, "augment") if self.random else self.function(image)
-        first, flip = self._first(image, where)
-        views = [first] if self.base else []
+        views, first, flip = [], image, False
+        if self.base:  # beside resident images only strong views are wanted, which need nothing of the first
+            first, flip = self._first(image, where)
+            views.append(first)
         for number, kind in enumerate(self.extra):
             purpose = (*where, kind, number)
             if kind == "strong":

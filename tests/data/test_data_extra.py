@@ -11,8 +11,9 @@ from torchvision.io import write_png
 
 from kdcli.data.dataset import Split
 from kdcli.data.loader import Batch, Loader
-from kdcli.data.strong import Strong, cut_out
+from kdcli.data.strong import Strong, cut_out, operations
 from kdcli.data.transforms import seeded
+from kdcli.errors import UsageError
 
 N, S = 10, 16
 
@@ -166,3 +167,39 @@ def test_the_cut_out_covers_at_most_a_quarter_with_grey():
         covered.append((x[0] == 128).float().mean().item())
     assert max(covered) <= 0.25
     assert 0.04 < sum(covered) / 400 < 1 / 12
+
+
+@pytest.mark.parametrize("augment", ["crop", "rotation"])
+def test_an_unknown_kind_is_refused(augment: str):
+    """Before an epoch begins, whether the images are resident or streamed, naming the nearest kind."""
+    with pytest.raises(UsageError, match="'storng'") as caught:
+        loader(resident(), augment=augment, extra=("storng",))
+    assert "strong" in (caught.value.hint or "")
+
+
+def test_the_operations_take_their_whole_range():
+    """14 of them, at both ends of each range, on uint8 images; all but the identity change a picture."""
+    image = torch.randint(40, 200, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert len(operations()) == 14
+    for name, (operation, low, high) in operations().items():
+        ends = [operation(image, at) for at in (low, high)]
+        assert all(end.dtype == torch.uint8 and end.shape == image.shape for end in ends)
+        assert any(not torch.equal(end, image) for end in ends) == (name != "identity"), name
+
+
+def test_the_operations_do_what_they_are_called():
+    """Exact shifts by shares of the side, a shear about the top left corner, and factors that only weaken."""
+    image = torch.randint(1, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def made(name: str, magnitude: float) -> Tensor:
+        return operations()[name][0](image, magnitude)
+
+    assert torch.equal(made("translate-x", 0.25)[..., 8:], image[..., :-8])
+    assert not made("translate-x", 0.25)[..., :8].any()
+    assert torch.equal(made("translate-y", -0.25)[:, :-8], image[:, 8:])
+    assert torch.equal(made("shear-x", 0.3)[:, 0], image[:, 0])
+    assert not torch.equal(made("shear-x", 0.3)[:, -1], image[:, -1])
+    assert torch.equal(made("shear-y", 0.3)[..., 0], image[..., 0])
+    assert (made("brightness", 0.5).int() - image.int() // 2).abs().max() <= 1
+    assert torch.equal(made("posterize", 4.9), image & 0xF0)
+    assert torch.equal(made("solarize", 128), torch.where(image >= 128, 255 - image, image))

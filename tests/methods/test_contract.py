@@ -43,7 +43,9 @@ PAIRS = [
     ("timm:vit_tiny_patch16_224", "resnet20"),
 ]
 # What a method truly cannot do: it must say so (exit code 4) before anything is trained.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("ofd", "timm:vit_tiny_patch16_224"): "no BatchNorm",
+}
 
 
 def cases(role: str) -> list[Any]:
