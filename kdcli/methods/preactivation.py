@@ -1,4 +1,4 @@
-"""What OFD and ReviewKD have in common: they read stages before their closing ReLU."""
+"""What OFD and ReviewKD have in common: they read stages before their closing ReLU, and normalise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from kdcli.gather import BatchNorm2d, world
 from kdcli.methods.feature import backbone
 from kdcli.models.batch_statistics import batch_statistics
 from kdcli.models.features import Features
@@ -16,6 +18,18 @@ from kdcli.models.network import Network
 from kdcli.models.panel import Panel
 
 Statistics = Literal["batch", "eval"]
+
+
+class Norm(BatchNorm2d):
+    """Takes a map of one position of one image too, where an epoch's last batch is a single image.
+
+    One value has no variance, so the running statistics stand in.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
+        if self.training and world() == 1 and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
 
 
 def preactivated(features: Features) -> Features:
@@ -29,9 +43,10 @@ def teacher_preactivations(teacher: Network | Headed | Panel, views: Tensor, sta
 
     Args:
         statistics: whether its BatchNorms use the batch's statistics or (`eval`) those of its training. They stay as
-            they are with either.
+            they are with either. A single image (an epoch's last) has no batch: those of the training stand in.
     """
     network = backbone(teacher)
+    of_batch = statistics == "batch" and views.shape[0] > 1  # one value, in a map of one position, has no variance
     # A wide residual network's pre-activation is a BatchNorm's output, so it has to be computed in here too.
-    with batch_statistics(network) if statistics == "batch" else nullcontext():
+    with batch_statistics(network) if of_batch else nullcontext():
         return preactivated(network.features(views))

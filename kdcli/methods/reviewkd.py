@@ -36,11 +36,10 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError
-from kdcli.gather import BatchNorm2d, world
 from kdcli.losses import exact
 from kdcli.methods.base import MethodSpec, Progress, Setting
 from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, backbone, shrink
-from kdcli.methods.preactivation import Statistics, preactivated, teacher_preactivations
+from kdcli.methods.preactivation import Norm, Statistics, preactivated, teacher_preactivations
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes
@@ -81,18 +80,6 @@ class ReviewKDSpec(FeatureSpec):
     teacher_bn: Statistics = "batch"
     """Statistics of the teacher's BatchNorms: of the batch (the authors' CIFAR script, which gave the published numbers,
     though by leaving out a line), or (eval) of its training (the authors' ImageNet script, mdistiller)."""
-
-
-class _Norm(BatchNorm2d):
-    """Takes maps of one position of one image too: the pooled vector where an epoch's last batch is a single image.
-
-    One value has no variance, so the running statistics stand in.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
-        if self.training and world() == 1 and input.numel() == input.shape[1]:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
 
 
 class Fusion(nn.Module):
@@ -194,7 +181,7 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Convolution without bias that keeps the size, and BatchNorm."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, _Norm(outputs))
+    return nn.Sequential(convolution, Norm(outputs))
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ The teacher sees every view of an image enlarged (32 → 64 pixels), and both ne
 self-supervised transformations. The student mimics the teacher's joint logits (Eq. 5) and, through Rescale Blocks, the
 joint logits of auxiliary heads on every stage (Eq. 4).
 
+A trained network has a joint head. `single` inference takes the slice of the upright view (the headline), `marginal` the
+sum of p(y, i) over i, `aggregate` the mean of the matching slices of all views, at the cost of M passes; `kd evaluate`
+reports all three, since the paper does not say which it used.
+
 Equation: L = λ1 · Σ_j mean_i KD_3(h_ji, g_ji) + λ2 · mean_i KD_3(s_i, t_i) + λ3 · mean_i CE(s_i, (y, i))
     + λ4 · Σ_j mean_i CE(h_ji, (y, i)) (Eq. 6) with λ = (1, 1, 1, 0), where s_i, t_i are the joint main logits of student and
     teacher for view i of M, h_ji, g_ji those of their heads on stage j, and KD_3 = 3² · KL(t ‖ s) at temperature 3.

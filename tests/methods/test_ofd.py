@@ -222,6 +222,21 @@ def test_the_teachers_statistics_are_the_batchs_or_its_own() -> None:
     assert not torch.allclose(own.logits, of_batch.logits)
 
 
+def test_a_last_batch_of_one_image() -> None:
+    """Its statistics would be none where a map has one position: the teacher's own stand in."""
+    teacher = build("torchvision:resnet18", 100).eval().requires_grad_(False)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    student = build("resnet8", 100)
+    method = OFD(OFDSpec(), setting(100), student, teacher)
+    taught, plain = method.teacher_features(teacher, image), teacher.features(image)
+    assert taught.stages[-1].shape[2:] == (1, 1)
+    assert all(torch.equal(read, plain.preact(i)) for i, read in enumerate(taught.stages, 1))
+    loss = term_of(method, method.student_features(student, image), taught)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in method.parameters())
+
+
 @pytest.mark.parametrize("teacher", ["shufflenetv1", "shufflenetv2", "timm:vit_tiny_patch16_224"])
 def test_a_teacher_without_a_norm_before_its_relu_is_refused(teacher: str) -> None:
     """There is nothing to read the margins from."""
