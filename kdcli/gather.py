@@ -47,7 +47,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # autograd may hand it to others too
         dist.all_reduce(total)
         mine = total[ctx.start : ctx.start + ctx.rows]
         if ctx.rows == ctx.own:
@@ -66,7 +66,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
@@ -94,7 +94,8 @@ def share(batch: Batch) -> tuple[int, int]:
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation [B,C,H,W] over the whole batch of all ranks, for the methods' own modules.
 
-    `torch.nn.SyncBatchNorm` is the same for GPUs only. Student and teacher keep their own, per rank.
+    `torch.nn.SyncBatchNorm` is the same for GPUs only. Student and teacher keep their own, per rank. In a batch of fewer
+    images than ranks, the sample that keeps a rank busy counts here like any other.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so

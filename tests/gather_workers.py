@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -64,18 +65,26 @@ class Plain(Network):
         return Plain(self.width, outputs, first)
 
 
-def join(rank: int, world: int, store: Path) -> None:
+def work(rank: int, world: int, folder: Path, jobs: dict[str, tuple[str, tuple[Any, ...]]]) -> None:
+    """Do all jobs (label → function of this module and its arguments), each in a process group of its own.
+
+    What a job returns, or its traceback, is saved, so that one that fails does not hide the others.
+    """
     torch.set_num_threads(1)
-    if world > 1:
-        where = f"file://{store}"
-        dist.init_process_group("gloo", where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-
-
-def leave() -> None:
-    """All ranks together: one that goes while another still talks would end it with SIGABRT."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    for label, (function, arguments) in jobs.items():
+        if world > 1:
+            where = f"file://{folder}/store-{label}"
+            dist.init_process_group("gloo", where, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        try:
+            found: Any = globals()[function](rank, world, *arguments)
+            if world > 1:
+                dist.barrier()  # all together: one that goes while another still talks would end it with SIGABRT
+        except Exception:
+            found = traceback.format_exc()
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+        torch.save(found, folder / f"{label}-{rank}.pt")
 
 
 def part(x: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
@@ -107,15 +116,16 @@ def averaged(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def rows(rank: int, world: int, store: Path, out: Path, count: int) -> None:
+def rows(rank: int, world: int, count: int) -> dict[str, Any]:
     """Gathered rows and their gradients, the share, and BatchNorm over all ranks."""
-    join(rank, world, store)
     whole = torch.randn(count, 6, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x, weight = part(whole, rank, world)
     x = x.clone().requires_grad_()
     batch = Batch(x.detach(), torch.arange(len(x)), torch.arange(len(x)), weight)
     everyone = gathered(x, batch)
     ((everyone @ everyone.mT).pow(3).sum() / 100 * weight).backward()
+    twice = x.detach().clone().requires_grad_()  # autograd hands one and the same gradient to both terms of a sum
+    ((gathered(twice.cos(), batch) + gathered(twice.sin(), batch)).pow(3).sum() * weight).backward()
     norm = BatchNorm2d(6).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 6))
@@ -123,24 +133,20 @@ def rows(rank: int, world: int, store: Path, out: Path, count: int) -> None:
     y = x.detach().clone().requires_grad_()
     normed = norm(y)
     (normed.pow(3).mean() * weight).backward()
-    torch.save(
-        {
-            "rows": everyone.detach(),
-            "grad": x.grad,
-            "share": share(batch),
-            "normed": normed.detach(),
-            "norm_grad": y.grad,
-            "parameters": averaged(norm),
-            "statistics": (norm.running_mean, norm.running_var, norm.num_batches_tracked),
-        },
-        out / f"{world}-{rank}.pt",
-    )
-    leave()
+    return {
+        "rows": everyone.detach(),
+        "grad": x.grad,
+        "sum_grad": twice.grad,
+        "share": share(batch),
+        "normed": normed.detach(),
+        "norm_grad": y.grad,
+        "parameters": averaged(norm),
+        "statistics": (norm.running_mean, norm.running_var, norm.num_batches_tracked),
+    }
 
 
-def method(rank: int, world: int, store: Path, out: Path, name: str, settings: dict[str, Any], count: int) -> None:
+def method(rank: int, world: int, name: str, settings: dict[str, Any], count: int) -> dict[str, Any]:
     """Loss and averaged gradients of a method's step on a part of a batch, in float64; two steps, for the banks."""
-    join(rank, world, store)
     found = methods.method_class(name)
     spec = validate(found.Spec, {"name": name, **settings}, prefix="method")
     found.check(spec)
@@ -177,5 +183,4 @@ def method(rank: int, world: int, store: Path, out: Path, name: str, settings: d
             mean /= world
         losses.append(mean)
     buffers = {n: b for n, b in step.named_buffers() if b.is_floating_point()}
-    torch.save({"losses": losses, "gradients": averaged(step), "buffers": buffers}, out / f"{world}-{rank}.pt")
-    leave()
+    return {"losses": losses, "gradients": averaged(step), "buffers": buffers}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from golden import PRECISIONS, PROGRESS, Case, batch, features, near, setting
+from harness import PER_EPOCH, TINY, Died, Kd, outcome
 from torch import Tensor
 
+from kdcli.checkpoint import load_state
 from kdcli.errors import IncompatibleError
 from kdcli.losses import cross_entropy
 from kdcli.methods import crd
@@ -184,3 +187,31 @@ def test_kd_weight_adds_the_divergence_and_the_weights_weigh() -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(IncompatibleError, match="one class"):
         made(labels=torch.zeros(10, dtype=torch.int64))
+
+
+def test_whether_all_draw_with_replacement_is_one_decision_for_the_data_set() -> None:
+    """The largest class leaves 15 others: up to 15 negatives can be told apart, for every image."""
+    assert made().replacement
+    assert not made(replacement=False, negatives=15).replacement
+    assert made(replacement=False, negatives=16).replacement
+
+
+def test_a_killed_run_ends_in_the_bits_of_one_that_was_not(kd: Kd, die_at: Any, teachers: Path, tmp_path: Path) -> None:
+    """Banks, Z and what is drawn: deaths in the first epoch and the second, on a tenth of digits."""
+    words = ["distill", "--method", "crd", "--teacher", teachers / "kd", "--student", "resnet8", *TINY]
+    words += ["--set", "method.negatives=40", "--set", "method.dim=16"]
+    assert kd(*words, "--out", "whole").code == 0
+    again = [*words, "--out", "broken", "--checkpoint-every", "3"]
+    for step in (4, PER_EPOCH + 5):
+        die_at(step)
+        with pytest.raises(Died):
+            kd(*again)
+        saved, _, _ = load_state(tmp_path / "broken/state") or ({}, {}, [])
+        assert saved["model.method.z_s"] > 0
+        taken_up = (saved["model.method.memory_s"].norm(dim=1) - 1).abs() < 1e-5
+        assert 40 <= taken_up.sum() <= 15 * (step - step % 3)
+    die_at(-1)
+    result = kd(*again)
+    assert result.code == 0
+    assert "going on at step 15" in result.err
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
