@@ -263,6 +263,54 @@ def _evaluate(
         raise typer.Exit(error.code)
 
 
+@app.command("sweep")
+def _sweep(
+    sweep_: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="A sweep's name (tables/… of `kd list presets`) or path (TOML).")
+    ],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print one command a run, teachers first; train nothing.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help="Only these runs: method=vsd,kd or pair=wrn40_2:wrn16_2; also label, teacher, student, preset, dataset, "
+            "ratio, probe, seed, a swept setting, and stage=backbone,teacher,student,probe; repeatable.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of every run by its dotted name, such as seed=1; repeatable."),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out the many runs of one file, such as a paper's table, and print ours beside the published numbers.
+
+    kd sweep tables/vsd-2 --only pair=wrn40_2:wrn16_2 --set data.data_dir=data
+
+    kd sweep tables/vsd-2 --plan
+    """
+    from kdcli import report, sweep
+
+    story = output.Story(quiet=quiet)
+    if plan:
+        document = sweep.plan(sweep_, only or [], set_ or [])
+        for line in report.missing_lines(document):
+            story.note(line)
+        lines = report.plan_lines(document)
+        return _answer(document, lines, json_) if json_ or lines else None  # an empty line would be a command to xargs
+    document, error = sweep.carry_out(sweep_, only or [], set_ or [], story)
+    if error is not None:
+        document |= output.failure("sweep", error)
+    _answer(document, report.sweep_table(document), json_)
+    if error is not None:
+        typer.echo(f"error: {error.line()}", err=True)
+        raise typer.Exit(error.code)
+    return None
+
+
 @app.command("list")
 def _list(
     what: Annotated[str, typer.Argument(metavar="methods|models|datasets|presets", help="What to list.")],

@@ -37,21 +37,54 @@ def folder() -> Path:
 
 
 def names() -> dict[str, Path]:
-    """Preset name → file, for every shipped preset (`recipes/cifar`, `quickstart`, `vsd/fig4a-rot-2x` …)."""
+    """Preset name → file, for every shipped preset of one run (`recipes/cifar`, `quickstart`, `vsd/fig4a-rot-2x` …)."""
+    return {name: path for name, path in _shipped().items() if not name.startswith("tables/")}
+
+
+def tables() -> dict[str, Path]:
+    """Name → file of the shipped sweeps, each of which stands for many runs (`tables/vsd-2` …)."""
+    return {name: path for name, path in _shipped().items() if name.startswith("tables/")}
+
+
+def _shipped() -> dict[str, Path]:
     root = folder()
     return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.toml"))}
 
 
 def read(name: str) -> dict[str, Any]:
-    """A preset by name or path as a plain dictionary.
+    """A preset by name or path as a plain dictionary, without what is for people.
 
     Raises:
-        UsageError: no such preset, or it is not valid TOML or JSON.
+        UsageError: no such preset, it is not valid TOML or JSON, or it is a sweep.
         InputError: the file cannot be read.
     """
+    values = _read(name, names() | tables())
+    if "sweep" in values:
+        raise UsageError(
+            f"{name} stands for many runs, not for the settings of one",
+            field="--preset",
+            hint=f"kd sweep {name} --plan",
+        )
+    values.pop("about", None)
+    return values
+
+
+def read_sweep(name: str) -> dict[str, Any]:
+    """A sweep by name or path as a plain dictionary, with what is for people.
+
+    Raises:
+        UsageError: no such file, or it is not valid TOML or JSON.
+        InputError: the file cannot be read.
+    """
+    try:
+        return _read(name, names() | tables())
+    except UsageError as problem:  # it was no --preset
+        raise UsageError(problem.message, hint=problem.hint) from None
+
+
+def _read(name: str, shipped: dict[str, Path]) -> dict[str, Any]:
     if name == "-":
         return _parse(sys.stdin.read(), "stdin", json_first=True)
-    shipped = names()
     if name in shipped:
         return _parse(shipped[name].read_text("utf-8"), name)
     path = Path(name)
@@ -69,7 +102,7 @@ def read(name: str) -> dict[str, Any]:
 
 def about(name: str) -> dict[str, Any]:
     """The `[about]` table of a shipped preset."""
-    return _load_toml(names()[name].read_text("utf-8"), name).get("about", {})
+    return _load_toml(_shipped()[name].read_text("utf-8"), name).get("about", {})
 
 
 def _load_toml(text: str, name: str) -> dict[str, Any]:
@@ -87,7 +120,6 @@ def _parse(text: str, name: str, json_first: bool = False) -> dict[str, Any]:
             raise UsageError(f"{name} is not valid JSON: {problem}", field="--preset") from None
     else:
         values = _load_toml(text, name)
-    values.pop("about", None)
     return values
 
 

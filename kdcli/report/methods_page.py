@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from kdcli import methods
+from kdcli import methods, sweepfile
 from kdcli.methods.base import MethodSpec
 
 LABELS = ("Equation", "Teacher", "Reductions", "Source", "Tensors", "Cost", "Our reading")
@@ -115,7 +115,22 @@ def _section(name: str) -> list[str]:
 
 
 def _published(name: str) -> list[str]:
-    return []
+    """The numbers that the papers' tables print for a method, each with its table, teachers and epoch."""
+    rows = []
+    for table, row in sweepfile.published(name):
+        teachers, epoch = row.teachers or table.about.teachers, row.epoch or table.about.epoch
+        of = {"last": "last epoch", "best": "best epoch", "unknown": "epoch not stated"}[epoch]
+        teaching = "" if teachers == "none" else f"; teachers: {teachers}"
+        copied = f"; {row.source}" if row.source else ""
+        numbers = zip(sweepfile.keys(table, row), row.values, strict=True)
+        values = ", ".join(f"{_place(*place)} {value:.2f}" for place, value in numbers)
+        rows.append(f"- `{table.name}` ({of}{teaching}{copied}): {values}")
+    return ["Published top-1, %:", "", *rows, ""] if rows else []
+
+
+def _place(pair: tuple[str, str], ratio: float | None, probe: str | None) -> str:
+    networks = "→".join(filter(None, pair))
+    return " ".join([networks, *([f"at {100 * ratio:g} %"] if ratio else []), *([f"on {probe}"] if probe else [])])
 
 
 def text() -> str:

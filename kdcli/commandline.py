@@ -1,0 +1,59 @@
+"""The shell command that carries out a resolved spec."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from kdcli import methods, presets
+from kdcli.flags import Request
+from kdcli.specs import RunSpec, field_paths
+
+
+def command_line(command: str, spec: RunSpec) -> str:
+    """The shell command that carries out a resolved spec: the networks, then whatever differs from the standard recipe."""
+    if spec.command == "linear-probe":
+        words = {"encoder": spec.encoder, "data.dataset": spec.data.dataset}
+        bare = presets.resolve(spec.command, _bare(words))
+        parts = ["kd", command, str(spec.encoder)]
+    else:
+        words = {"method": spec.method["name"], "data.dataset": spec.data.dataset}
+        words |= {key: getattr(spec, key) for key in ("teacher", "student") if getattr(spec, key) is not None}
+        bare = methods.resolve(presets.resolve(spec.command, _bare(words)))
+        parts = ["kd", command, "--method", spec.method["name"]]
+        parts += [word for key in ("teacher", "student") if key in words for word in (f"--{key}", words[key])]
+    parts += ["--dataset", spec.data.dataset]
+    said = {*words}
+    if command == "fewshot":
+        parts += ["--ratio", str(spec.data.ratio)]
+        said |= {"data.ratio"}
+    standard, mine = _flat(bare), _flat(spec)
+    for path, value in mine.items():
+        if path not in said and value != standard.get(path):
+            parts += ["--seed", str(value)] if path == "seed" else ["--set", _assignment(path, value)]
+    return shlex.join(parts)
+
+
+def _bare(words: dict[str, Any]) -> Request:
+    return Request(words, [], [], False, False, True)
+
+
+def _flat(spec: RunSpec) -> dict[str, Any]:
+    """Every setting by dotted path; the method's one by one, their tables whole."""
+    values = spec.model_dump(mode="json")
+    method = {f"method.{key}": value for key, value in values.pop("method").items() if key != "name"}
+    return {path: _at(values, path) for path in field_paths().values() if path != "method"} | method
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
+
+
+def _assignment(path: str, value: Any) -> str:
+    plain = f"{path}={value}"
+    if isinstance(value, str) and presets.parse_set(plain) == (path, value):
+        return plain
+    return f"{path}={json.dumps(value)}"
