@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdcli.data.loader import Batch
 from kdcli.losses import exact
@@ -95,10 +96,13 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation [B,C,H,W] over the whole batch of all ranks, for the methods' own modules.
 
     `torch.nn.SyncBatchNorm` is the same for GPUs only. Student and teacher keep their own, per rank. In a batch of fewer
-    images than ranks, the sample that keeps a rank busy counts here like any other.
+    images than ranks, the sample that keeps a rank busy counts here like any other. A batch that holds one value a channel
+    has no variance: the running statistics stand in (an epoch's last batch may be a single image, with a 1x1 map).
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
+        if self.training and world() == 1 and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self.training or world() == 1:
             return super().forward(input)
         x = exact(input)
@@ -113,7 +117,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             momentum = 0.1 if self.momentum is None else self.momentum
-            unbiased = variance * count / (count - 1)
+            unbiased = variance * count / (count - 1).clamp(min=1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
             self.num_batches_tracked.add_(1)

@@ -116,3 +116,10 @@ def test_stop_signals_reach_the_ranks(number, flags, code, tmp_path):
     assert ranks(*words, "--out", "run", *flags, cwd=tmp_path).code == 0
     assert ranks(*words, "--out", "whole", cwd=tmp_path).code == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_accumulated_parts_are_as_many_on_every_rank(tmp_path):
+    """15 images on two ranks are 8 and 7: in 8 parts each the ranks would wait for each other where a loss gathers."""
+    words = ["distill", "--method", "crd", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--epochs", "1"]
+    result = ranks(*words, "--accumulate", "8", "--rank-timeout", "60", cwd=tmp_path)
+    assert result.code == 0, result.err

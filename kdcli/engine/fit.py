@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,6 @@ class _Training:
             epoch=torch.tensor(float(epoch + 1), device=device.torch),
             fraction=torch.tensor(self.at / self.total, device=device.torch),
             odd_step=bool(self.at % 2),
-            seed=mix(self.spec.seed, "batch", self.at),
         )
         self.optimizer.zero_grad(set_to_none=True)
         output: StepOutput | None = None
@@ -198,6 +197,7 @@ class _Training:
         count = batch.labels.shape[0]
         bad = torch.zeros((), dtype=torch.bool, device=device.torch)
         for number, part in enumerate(parts):
+            progress = replace(progress, seed=mix(self.spec.seed, "batch", self.at) + number)
             share = part.labels.shape[0] / count * batch.weight
             with _no_sync(self.forward, number < len(parts) - 1):
                 output = self.forward(part, progress)
@@ -386,8 +386,16 @@ def _finite(x: Tensor) -> bool:
 
 
 def _parts(batch: Batch, count: int) -> list[Batch]:
-    """The batch cut into at most `count` parts of nearly equal size."""
+    """The batch cut into at most `count` parts of nearly equal size, into equally many on every rank.
+
+    Ranks that hold an image more or less than others must not take another number of parts: each part may talk to the
+    other ranks.
+    """
     n = batch.labels.shape[0]
+    ranks = distributed.world()
+    if ranks > 1:  # the share of the smallest part of the batch, which every rank can tell from its own
+        whole = round(n * ranks / batch.weight) if batch.weight else 0
+        count = min(count, max(1, whole // ranks))
     if count == 1 or n == 1:
         return [batch]
     cuts = [round(i * n / count) for i in range(count + 1)]

@@ -36,6 +36,8 @@ SHIPPED = {
     "dist": "correlations between and within classes (Huang et al. 2022)",
     "mlkd": "logits aligned by instance, batch and class on two views (Jin et al. 2023)",
     "lskd": "any logit method on standardised logits (Sun et al. 2024)",
+    "catkd": "class activation maps (Guo et al. 2023)",
+    "ofa": "logits of the student's stages in the teacher's logit space, for any two families (Hao et al. 2023)",
     "sskd": "similarities of rotated to upright images, beside the logits (Xu et al. 2020)",
     "hsakd": "auxiliary heads over classes and rotations on every stage (Yang et al. 2021)",
     "vsd": "variable scale distillation: rotated images at twice the size, joint labels, hierarchical heads",

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError
+from kdcli.gather import BatchNorm2d
 from kdcli.methods.base import MethodSpec, Progress, Setting
 from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, at_smaller_size, backbone
-from kdcli.methods.preactivation import Norm, Statistics, preactivated, teacher_preactivations
+from kdcli.methods.preactivation import Statistics, preactivated, teacher_preactivations
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes
@@ -74,7 +75,7 @@ class Connector(nn.Module):
         c_t = margin.shape[0]
         convolution = nn.Conv2d(c_s, c_t, 1, bias=False)
         nn.init.normal_(convolution.weight, 0, math.sqrt(2 / c_t))
-        self.connect = nn.Sequential(convolution, Norm(c_t))
+        self.connect = nn.Sequential(convolution, BatchNorm2d(c_t))
         self.register_buffer("margin", margin)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,10 +6,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdcli.gather import BatchNorm2d, world
 from kdcli.methods.feature import backbone
 from kdcli.models.batch_statistics import batch_statistics
 from kdcli.models.features import Features
@@ -18,18 +16,6 @@ from kdcli.models.network import Network
 from kdcli.models.panel import Panel
 
 Statistics = Literal["batch", "eval"]
-
-
-class Norm(BatchNorm2d):
-    """Takes a map of one position of one image too, where an epoch's last batch is a single image.
-
-    One value has no variance, so the running statistics stand in.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
-        if self.training and world() == 1 and input.numel() == input.shape[1]:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
 
 
 def preactivated(features: Features) -> Features:

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError
+from kdcli.gather import BatchNorm2d
 from kdcli.losses import exact
 from kdcli.methods.base import MethodSpec, Progress, Setting
 from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, backbone, shrink
-from kdcli.methods.preactivation import Norm, Statistics, preactivated, teacher_preactivations
+from kdcli.methods.preactivation import Statistics, preactivated, teacher_preactivations
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes
@@ -181,7 +182,7 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Convolution without bias that keeps the size, and BatchNorm."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, Norm(outputs))
+    return nn.Sequential(convolution, BatchNorm2d(outputs))
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:

@@ -88,10 +88,6 @@ class Chain(Network):
     def close(self, i: int, raw: torch.Tensor) -> torch.Tensor:
         return raw
 
-    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        """`[B, C]` to logits `[B, K]`."""
-        return self.get_submodule(self.classifier_name)(pooled)
-
     def truncated(self, first: int, outputs: int) -> Network:
         return self.cut(self.create, self.create(outputs), first)
 

@@ -32,6 +32,10 @@ class Features:
     """F0, F1..FL, each `[B, C, H, W]`."""
     heads: tuple[torch.Tensor, ...] = ()
     """Logits of the auxiliary heads, shallowest first; empty for a network without heads."""
+    final: torch.Tensor | None = None
+    """`[B, C, H, W]`, the map whose mean over the positions is `pooled`; None where `pooled` is no such mean."""
+    classifier: torch.Tensor | None = None
+    """`[K, C]`, the weight of the last linear layer, where a method has asked for it."""
     assistants: tuple[Features, ...] = ()
     """What the assistants of a `Panel` made of the same images."""
     _raw: tuple[torch.Tensor, ...] = field(default=(), repr=False)

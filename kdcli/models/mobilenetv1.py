@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out, pool
+from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out
 from kdcli.models.network import Network
 
 STEM = 32
@@ -66,9 +66,8 @@ class MobileNetV1(Network):
         assert isinstance(norm, nn.BatchNorm2d)
         return norm
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(x)
-        return pooled, self.fc(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def truncated(self, first: int, outputs: int) -> MobileNetV1:
         return MobileNetV1(outputs, first=first)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out, pool, small_linear
+from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out, small_linear
 from kdcli.models.network import Network
 
 GROUPS: tuple[tuple[int, int, int, int], ...] = (
@@ -93,9 +93,8 @@ class MobileNetV2(Network):
         assert isinstance(norm, nn.BatchNorm2d)
         return norm
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(self.conv2(x))
-        return pooled, self.classifier(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(x)
 
     def truncated(self, first: int, outputs: int) -> MobileNetV2:
         return MobileNetV2(outputs, stem_stride=self.stem_stride, first=first)

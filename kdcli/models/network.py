@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcli.models.blocks import pool
 from kdcli.models.features import Features
 
 
@@ -74,9 +75,30 @@ class Network(nn.Module, ABC):
     def raw_stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Stage i (1..L) of F_{i-1}, up to but without its closing step."""
 
-    @abstractmethod
+    def final(self, x: torch.Tensor) -> torch.Tensor | None:
+        """F_L to the map `[B, C, H, W]` whose mean over the positions is the pooled vector; None where there is none.
+
+        A network without one (class tokens, a normalisation behind the pooling) has a `tail` of its own.
+        """
+        return None
+
+    def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`[B, C]` to logits `[B, K]`."""
+        return self.get_submodule(self.classifier_name)(pooled)
+
+    @property
+    def classifier_weight(self) -> torch.Tensor:
+        """`[K, C]`, the weight of the last linear layer."""
+        weight = self.get_submodule(self.classifier_name).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """F_L to `(pooled [B, C], logits [B, K])`."""
+        final = self.final(x)
+        assert final is not None, f"{type(self).__name__} has neither a final map nor a tail of its own"
+        pooled = pool(final)
+        return pooled, self.classify(pooled)
 
     @abstractmethod
     def truncated(self, first: int, outputs: int) -> Network:
@@ -119,8 +141,13 @@ class Network(nn.Module, ABC):
             x = self.close(i, raw)
             raws.append(raw)
             maps.append(self.to_map(x))
-        pooled, logits = self.tail(x)
-        return Features(logits, pooled, tuple(maps), _raw=tuple(raws), _network=self)
+        final = self.final(x)
+        if final is None:
+            pooled, logits = self.tail(x)
+        else:
+            pooled = pool(final)
+            logits = self.classify(pooled)
+        return Features(logits, pooled, tuple(maps), final=final, _raw=tuple(raws), _network=self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, H, W]` (a truncated network: maps) to logits `[B, K]`."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import Stage, conv3x3, he_fan_out, pool
+from kdcli.models.blocks import Stage, conv3x3, he_fan_out
 from kdcli.models.network import Network
 from kdcli.models.residual import BasicBlock, Bottleneck, ShortcutName
 
@@ -81,9 +81,8 @@ class ResNet(Network):
     def raw_stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
         return getattr(self, f"layer{i}").raw(x)
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(x)
-        return pooled, getattr(self, self.plan.classifier)(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def preact_norm(self, i: int) -> nn.BatchNorm2d:
         return getattr(self, f"layer{i}")[-1].last_norm

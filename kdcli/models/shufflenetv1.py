@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import Block, Stage, conv1x1, conv3x3, pool
+from kdcli.models.blocks import Block, Stage, conv1x1, conv3x3
 from kdcli.models.network import Network
 from kdcli.models.shuffle import shuffle
 
@@ -62,9 +62,8 @@ class ShuffleNetV1(Network):
     def raw_stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
         return getattr(self, f"layer{i}").raw(x)
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(x)
-        return pooled, self.linear(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def truncated(self, first: int, outputs: int) -> ShuffleNetV1:
         return ShuffleNetV1(outputs, first)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import Block, Stage, conv1x1, conv3x3, pool
+from kdcli.models.blocks import Block, Stage, conv1x1, conv3x3
 from kdcli.models.network import Network
 from kdcli.models.shuffle import shuffle
 
@@ -87,9 +87,8 @@ class ShuffleNetV2(Network):
     def close(self, i: int, raw: torch.Tensor) -> torch.Tensor:
         return shuffle(F.relu(raw), 2)
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(F.relu(self.bn2(self.conv2(x))))
-        return pooled, self.linear(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn2(self.conv2(x)))
 
     def truncated(self, first: int, outputs: int) -> ShuffleNetV2:
         return ShuffleNetV2(outputs, first)

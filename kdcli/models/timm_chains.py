@@ -75,6 +75,11 @@ class TimmResNet(Chain):
         norm = block.get_submodule("bn3" if isinstance(block, Bottleneck) else "bn2")
         return norm if isinstance(norm, nn.BatchNorm2d) else None
 
+    def final(self, x: torch.Tensor) -> torch.Tensor | None:
+        net = cast(ResNet, self.net)
+        plain = getattr(net.global_pool, "pool_type", "") == "avg" and not net.drop_rate
+        return x if plain else None
+
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = cast(ResNet, self.net).forward_head(x, pre_logits=True)
         return pooled, self.classify(pooled)

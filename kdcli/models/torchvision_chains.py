@@ -52,9 +52,8 @@ class TorchvisionResNet(Chain):
         norm = last.get_submodule("bn3" if isinstance(last, Bottleneck) else "bn2")
         return norm if isinstance(norm, nn.BatchNorm2d) else None
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(x)
-        return pooled, self.classify(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class TorchvisionMobile(Chain):
@@ -133,9 +132,8 @@ class TorchvisionSwin(Chain):
     def from_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(self.to_map(cast(SwinTransformer, self.net).norm(x)))
-        return pooled, self.classify(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_map(cast(SwinTransformer, self.net).norm(x))
 
 
 def _stem_and_pairs(net: nn.Module) -> list[list[str]]:

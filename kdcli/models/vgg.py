@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import he_fan_out, pool, small_linear
+from kdcli.models.blocks import he_fan_out, small_linear
 from kdcli.models.network import Network
 
 DEPTHS: dict[int, tuple[int, ...]] = {
@@ -76,9 +76,8 @@ class VGG(Network):
     def preact_norm(self, i: int) -> nn.BatchNorm2d:
         return getattr(self, f"block{i}")[-1]
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(x)
-        return pooled, self.classifier(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def truncated(self, first: int, outputs: int) -> VGG:
         return VGG(self.depth, outputs, fixed_stride=True, first=first)

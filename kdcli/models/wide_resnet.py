@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out, pool
+from kdcli.models.blocks import conv1x1, conv3x3, he_fan_out
 from kdcli.models.network import Network
 
 
@@ -79,9 +79,8 @@ class WideResNet(Network):
             return F.batch_norm(raw, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
         return F.batch_norm(raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
-    def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = pool(F.relu(self.bn1(x)))
-        return pooled, self.fc(pooled)
+    def final(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn1(x))
 
     def truncated(self, first: int, outputs: int) -> WideResNet:
         return WideResNet(self.depth, self.width, outputs, first)

@@ -45,6 +45,7 @@ PAIRS = [
 # What a method truly cannot do: it must say so (exit code 4) before anything is trained.
 REFUSED: dict[tuple[str, str], str] = {
     ("ofd", "timm:vit_tiny_patch16_224"): "no BatchNorm",
+    ("catkd", "timm:vit_tiny_patch16_224"): "not the mean of a map",
 }
 
 
@@ -265,6 +266,13 @@ def test_a_teacher_that_cannot_read_its_images_is_refused_when_it_is_made() -> N
     spec = resolved("vsd", "timm:mixer_s32_224", None, "pretrain-teacher")
     with pytest.raises(IncompatibleError, match="cannot read 64 x 64"):
         make_teacher(spec, *methods.settings(spec), dataset())
+
+
+@pytest.mark.parametrize(("name", "teacher_name"), list(REFUSED))
+def test_a_pair_that_cannot_work_is_refused_before_training(name: str, teacher_name: str) -> None:
+    """Exit code 4 with the reason."""
+    with pytest.raises(IncompatibleError, match=REFUSED[name, teacher_name]):
+        make(name, teacher_name, "resnet20")
 
 
 def test_the_seed_changes_the_students_weights() -> None:
