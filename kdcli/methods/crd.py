@@ -33,7 +33,8 @@ from kdcli.errors import IncompatibleError
 from kdcli.gather import counts, gathered, share
 from kdcli.losses import exact
 from kdcli.methods.base import MethodSpec, Progress, Setting
-from kdcli.methods.feature import FeatureMethod, FeatureSpec, backbone
+from kdcli.methods.feature import FeatureMethod, FeatureSpec
+from kdcli.methods.pairing import backbone
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network

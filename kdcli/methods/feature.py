@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kdcli.data.loader import Batch
-from kdcli.errors import IncompatibleError
 from kdcli.losses import cross_entropy, divergence, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
+from kdcli.methods.pairing import require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
@@ -21,13 +21,6 @@ from kdcli.models.panel import Panel
 
 T = TypeVar("T")
 Align = Literal["last", "first"]
-
-
-def backbone(teacher: Network | Headed | Panel) -> Network:
-    """The network whose features are the teacher's, without heads or assistants."""
-    if isinstance(teacher, Headed):
-        return teacher.network
-    return teacher.teacher if isinstance(teacher, Panel) else teacher
 
 
 def aligned(student: Sequence[T], teacher: Sequence[T], align: Align) -> list[tuple[T, T]]:
@@ -79,15 +72,8 @@ class FeatureMethod(Method):
         self, spec: Any, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
     ) -> None:
         super().__init__(spec, setting, student, teacher)
-        if student is None or teacher is None:
-            return
-        outputs = backbone(teacher).outputs
-        if student.outputs != outputs:
-            raise IncompatibleError(
-                f"the student has {student.outputs} outputs and the teacher {outputs}",
-                field="--teacher",
-                hint="use a teacher of the same data set",
-            )
+        if student is not None and teacher is not None:
+            require_same_outputs(student, teacher)
 
     @abstractmethod
     def compare(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ from kdcli.errors import IncompatibleError
 from kdcli.gather import BatchNorm2d
 from kdcli.losses import exact
 from kdcli.methods.base import MethodSpec, Progress, Setting
-from kdcli.methods.feature import FeatureMethod, FeatureSpec, backbone, shrink
+from kdcli.methods.feature import FeatureMethod, FeatureSpec, shrink
+from kdcli.methods.pairing import backbone
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes

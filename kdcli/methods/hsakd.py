@@ -29,11 +29,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
-from kdcli.errors import IncompatibleError, UsageError
+from kdcli.errors import UsageError
 from kdcli.losses import cross_entropy, divergence
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
-from kdcli.methods.feature import backbone
 from kdcli.methods.joint import joint_cross_entropies, require_heads, shared_stages
+from kdcli.methods.pairing import backbone, require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed, build_heads
 from kdcli.models.network import Network
@@ -90,12 +90,7 @@ class HSAKD(Method):
         if student is None or teacher is None:
             return
         main = backbone(teacher)
-        if student.outputs != main.outputs:
-            raise IncompatibleError(
-                f"the student has {student.outputs} outputs and the teacher {main.outputs}",
-                field="--teacher",
-                hint="use a teacher of the same data set",
-            )
+        require_same_outputs(student, teacher)
         width = setting.classes * self.m
         if spec.heads_weight:
             require_heads(teacher, width, "hsakd", "method.heads_weight=0")

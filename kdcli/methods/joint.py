@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdcli.errors import IncompatibleError
 from kdcli.losses import cross_entropy
-from kdcli.methods.feature import backbone
+from kdcli.methods.pairing import backbone
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
 from kdcli.transforms import joint_labels

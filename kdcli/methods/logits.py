@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kdcli.data.loader import Batch
-from kdcli.errors import IncompatibleError
 from kdcli.losses import cross_entropy
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
+from kdcli.methods.pairing import require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
@@ -42,7 +42,7 @@ class LogitMethod(Method):
     ) -> None:
         super().__init__(spec, setting, student, teacher)
         if student is not None and teacher is not None:
-            _check_widths(student, teacher)
+            require_same_outputs(student, teacher)
 
     @abstractmethod
     def distil(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:
@@ -63,18 +63,3 @@ def non_target(logits: Tensor, labels: Tensor) -> Tensor:
     """[B,K] logits without each row's own class → [B,K-1], the other classes in their order."""
     columns = torch.arange(logits.shape[1] - 1, device=logits.device)
     return logits.gather(1, columns + (columns >= labels[:, None]).long())
-
-
-def _check_widths(student: Network, teacher: Network | Headed | Panel) -> None:
-    """Refuse networks whose logits cannot be compared, before anything is trained."""
-    if isinstance(teacher, Panel):
-        networks = [network for network in teacher.networks if isinstance(network, Network)]
-    else:
-        networks = [teacher.network if isinstance(teacher, Headed) else teacher]
-    for network in networks:
-        if network.outputs != student.outputs:
-            raise IncompatibleError(
-                f"the student has {student.outputs} outputs and {network.arch or 'the teacher'} has {network.outputs}",
-                field="--teacher",
-                hint="logits are compared class by class: take a teacher of the same data set",
-            )

@@ -28,11 +28,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
-from kdcli.errors import IncompatibleError
 from kdcli.gather import BatchNorm2d
 from kdcli.losses import cross_entropy, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
-from kdcli.methods.feature import backbone
+from kdcli.methods.pairing import backbone, require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes
@@ -78,12 +77,7 @@ class OFA(Method):
         if student is None or teacher is None:
             return
         main = backbone(teacher)
-        if student.outputs != main.outputs:
-            raise IncompatibleError(
-                f"the student has {student.outputs} outputs and the teacher {main.outputs}",
-                field="--teacher",
-                hint="use a teacher of the same data set",
-            )
+        require_same_outputs(student, teacher)
         if not spec.stage_weight:
             return
         shapes = stage_shapes(student, setting.image_size)

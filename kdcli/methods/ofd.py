@@ -29,7 +29,8 @@ from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError
 from kdcli.gather import BatchNorm2d
 from kdcli.methods.base import MethodSpec, Progress, Setting
-from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, at_smaller_size, backbone
+from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, at_smaller_size
+from kdcli.methods.pairing import backbone
 from kdcli.methods.preactivation import Statistics, preactivated, teacher_preactivations
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kdcli.methods.feature import backbone
+from kdcli.methods.pairing import backbone
 from kdcli.models.batch_statistics import batch_statistics
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed

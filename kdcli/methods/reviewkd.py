@@ -39,7 +39,8 @@ from kdcli.errors import IncompatibleError
 from kdcli.gather import BatchNorm2d
 from kdcli.losses import exact
 from kdcli.methods.base import MethodSpec, Progress, Setting
-from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, backbone, shrink
+from kdcli.methods.feature import FeatureMethod, FeatureSpec, aligned, shrink
+from kdcli.methods.pairing import backbone
 from kdcli.methods.preactivation import Statistics, preactivated, teacher_preactivations
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed

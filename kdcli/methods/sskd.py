@@ -37,7 +37,7 @@ from kdcli.errors import IncompatibleError, UsageError
 from kdcli.gather import gathered
 from kdcli.losses import cross_entropy, divergence, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
-from kdcli.methods.feature import backbone
+from kdcli.methods.pairing import backbone, require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed, Projection, build_projection
 from kdcli.models.network import Network
@@ -91,12 +91,7 @@ class SSKD(Method):
         if student is None or teacher is None:
             return
         main = backbone(teacher)
-        if student.outputs != main.outputs:
-            raise IncompatibleError(
-                f"the student has {student.outputs} outputs and the teacher {main.outputs}",
-                field="--teacher",
-                hint="use a teacher of the same data set",
-            )
+        require_same_outputs(student, teacher)
         if spec.ss_weight == 0:
             return
         if not _projects(teacher):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.methods.base import MethodSpec, Progress, Setting
-from kdcli.methods.feature import Align, FeatureMethod, FeatureSpec, aligned, at_smaller_size, backbone
+from kdcli.methods.feature import Align, FeatureMethod, FeatureSpec, aligned, at_smaller_size
+from kdcli.methods.pairing import backbone
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes

@@ -34,8 +34,8 @@ from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError, UsageError
 from kdcli.losses import cross_entropy, divergence, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
-from kdcli.methods.feature import backbone
 from kdcli.methods.joint import joint_cross_entropies, require_heads, shared_stages
+from kdcli.methods.pairing import backbone
 from kdcli.methods.rescale import Pool, rescale_block
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed, build_heads

@@ -346,7 +346,7 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
     """Main heads that cannot be compared, whatever the auxiliary ones."""
     backbone = build("resnet14", 3)
     teacher = Headed(backbone, HSAKD.teacher_heads(HSAKDSpec(), backbone, K))
-    with pytest.raises(IncompatibleError, match="10 outputs and the teacher 3"):
+    with pytest.raises(IncompatibleError, match="10 outputs and resnet14 has 3"):
         HSAKD(HSAKDSpec(), setting(K), build("resnet8", K), teacher)
 
 

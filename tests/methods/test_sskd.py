@@ -382,7 +382,7 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
     """Its logits cannot be compared, whatever its projection."""
     backbone = build("resnet14", 3)
     teacher = Headed(backbone, SSKD.teacher_heads(SSKDSpec(), backbone, K))
-    with pytest.raises(IncompatibleError, match="10 outputs and the teacher 3"):
+    with pytest.raises(IncompatibleError, match="10 outputs and resnet14 has 3"):
         SSKD(SSKDSpec(), setting(K), build("resnet8", K), teacher)
 
 
