@@ -18,6 +18,7 @@ from kdcli.data.loader import Batch
 from kdcli.data.ranks import share as share_of
 from kdcli.gather import BatchNorm2d, gathered, share
 from kdcli.methods.base import Progress, Setting
+from kdcli.models import build
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
 from kdcli.models.panel import Panel
@@ -145,30 +146,39 @@ def rows(rank: int, world: int, count: int) -> dict[str, Any]:
     }
 
 
-def method(rank: int, world: int, name: str, settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """Loss and averaged gradients of a method's step on a part of a batch, in float64; two steps, for the banks."""
+def method(
+    rank: int, world: int, name: str, settings: dict[str, Any], count: int, normed: bool = False
+) -> dict[str, Any]:
+    """Loss and averaged gradients of a method's step on a part of a batch; two steps, for the banks.
+
+    In float64 on networks without BatchNorm, or (`normed`) in float32 on real ones with it.
+    """
     found = methods.method_class(name)
     spec = validate(found.Spec, {"name": name, **settings}, prefix="method")
     found.check(spec)
     torch.manual_seed(0)
-    student = Plain(3, found.student_outputs(spec, K)).double()
-    network = Plain(4, found.teacher_outputs(spec, K)).double()
+    dtype = torch.float32 if normed else torch.float64
+    outputs = found.student_outputs(spec, K), found.teacher_outputs(spec, K)
+    student: Network = build("resnet8", outputs[0], SIZE) if normed else Plain(3, outputs[0]).double()
+    network: Network = build("resnet14", outputs[1], SIZE) if normed else Plain(4, outputs[1]).double()
     heads = found.teacher_heads(spec, network, K)
     teacher: Any = network if heads is None else Headed(network, heads)
     if found.assistants == "all":
-        teacher = Panel(network, [Plain(3, network.outputs)])
-    teacher = teacher.double().eval().requires_grad_(False)
+        other = build("resnet8", network.outputs, SIZE) if normed else Plain(3, network.outputs)
+        teacher = Panel(network, [other])
+    teacher = teacher.to(dtype).eval().requires_grad_(False)
     labels = torch.arange(20) % K
     parts = parts_of_a_batch(0, 1, count)
     labels[parts.index] = parts.labels
     setting = Setting(K, SIZE, 0.0, scale=spec.teacher_scale, labels=labels)
-    step = nn.ModuleDict({"student": student, "method": found(spec, setting, student, teacher).double()}).train()
+    step = nn.ModuleDict({"student": student, "method": found(spec, setting, student, teacher).to(dtype)}).train()
     losses = []
     for number in range(2):
         step.zero_grad()
         progress = Progress(torch.tensor(30.0), torch.tensor(0.5), odd_step=False, seed=number)
         batch = parts_of_a_batch(rank, world, count)
-        batch = replace(batch, extra=batch.extra[: len(found.augmentations(spec))])
+        views = tuple(view.to(dtype) for view in batch.extra[: len(found.augmentations(spec))])
+        batch = replace(batch, images=batch.images.to(dtype), extra=views)
         torch.manual_seed(11)
         objective: Any = step["method"]
         with torch.no_grad():

@@ -28,7 +28,9 @@ METHODS: Jobs = {name: ("method", (name, SETTINGS.get(name, {}), 7)) for name in
 METHODS |= {label: ("method", ("crd", settings, 7)) for label, settings in CRD.items()}
 # One or two images: a rank is only kept busy, and must leave the banks alone.
 ALONE: Jobs = {f"crd_{count}": ("method", ("crd", SETTINGS["crd"], count)) for count in (1, 2)}
-JOBS: dict[int, Jobs] = {1: ROWS | METHODS | ALONE, 2: ROWS | METHODS | ALONE, 3: ROWS | ALONE}
+# With BatchNorm each rank normalises its own images, so that only two runs on equally many ranks can be equal.
+NORMED: Jobs = {f"{name}_{run}": ("method", (name, SETTINGS.get(name, {}), 7, True)) for name in NAMES for run in "ab"}
+JOBS: dict[int, Jobs] = {1: ROWS | METHODS | ALONE, 2: ROWS | METHODS | ALONE | NORMED, 3: ROWS | ALONE}
 
 Found = Callable[[int, str], list[dict[str, Any]]]
 
@@ -106,6 +108,19 @@ def test_a_methods_gradients_on_two_ranks_are_those_of_one(label: str, found: Fo
     """Seven images, four and three."""
     (alone,) = found(1, label)
     check_method(found(2, label), alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_batchnorm_two_runs_on_two_ranks_are_equal(name: str, found: Found) -> None:
+    """Losses, averaged gradients and buffers of real networks, bit for bit; and all ranks take the same step."""
+    once, again = found(2, f"{name}_a"), found(2, f"{name}_b")
+    for one, two in zip(once, again, strict=True):
+        for kind in ("gradients", "buffers"):
+            assert one[kind].keys() == two[kind].keys()
+            assert all(torch.equal(one[kind][key], two[kind][key]) for key in one[kind])
+        assert all(torch.equal(a, b) for a, b in zip(one["losses"], two["losses"], strict=True))
+    first, second = once
+    assert all(torch.equal(first["gradients"][key], second["gradients"][key]) for key in first["gradients"])
 
 
 @pytest.mark.parametrize(("world", "count"), [(2, 1), (3, 1), (3, 2)])

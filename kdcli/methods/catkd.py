@@ -50,7 +50,10 @@ PAIRS: dict[tuple[str, str], tuple[float, int, bool]] = {
     ("resnet32x4", "shufflenetv2"): (600, 4, True),
     ("wrn40_2", "shufflenetv1"): (80, 4, True),
 }
-IMAGENET = {"resnet18": (0.5, 4, False), "mobilenetv1": (10.0, 2, True)}
+IMAGENET: dict[tuple[str, str], tuple[float, int, bool]] = {
+    ("resnet34", "resnet18"): (0.5, 4, False),
+    ("resnet50", "mobilenetv1"): (10, 2, True),
+}
 
 
 class CATKDSpec(FeatureSpec):
@@ -105,7 +108,7 @@ class CATKD(FeatureMethod):
         """β, r and the normalisation of the pair."""
         found = PAIRS.get((teacher, student))
         if dataset == "imagenet":
-            found = IMAGENET.get(student.removeprefix("torchvision:"))
+            found = IMAGENET.get((teacher.removeprefix("torchvision:"), student.removeprefix("torchvision:")))
         return {} if found is None else dict(zip(("weight", "resolution", "normalize"), found, strict=True))
 
     def student_features(self, student: Network, views: Tensor) -> Features:

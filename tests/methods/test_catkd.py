@@ -65,13 +65,26 @@ def test_the_classes_that_the_reference_chooses() -> None:
     assert bool((taught.logits[lowest].view(8, 5).amax(1) < taught.logits[~lowest].view(8, 15).amin(1)).all())
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet8",
+        "wrn16_1",
+        "vgg8",
+        "mobilenetv2",
+        "shufflenetv1",
+        "shufflenetv2",
+        "mobilenetv1",
+        "torchvision:resnet18",
+        "timm:resnet18",
+    ],
+)
 def test_maps_average_to_the_logits(name: str) -> None:
     """On real networks the mean of the class activation maps plus the bias is the logit; one pass, one BatchNorm update."""
     torch.manual_seed(0)
     network = build(name, 7).train()
     method = CATKD(CATKDSpec(resolution=1), setting(7), network, network)
-    out = method.student_features(network, torch.randn(2, 3, 32, 32))
+    out = method.student_features(network, torch.randn(4, 3, 64, 64))
     bias = network.get_submodule(network.classifier_name).bias
     assert torch.allclose(method._cells(out, binarize=False)[:, :, 0, 0] + bias, out.logits, atol=1e-5)
     tracked = {int(v) for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -95,6 +108,8 @@ def test_the_pairs_settings() -> None:
     cross = CATKD.for_pair({}, "resnet32x4", "shufflenetv1", "cifar100")
     assert cross == {"weight": 600, "resolution": 4, "normalize": True}
     assert CATKD.for_pair({}, "torchvision:resnet34", "torchvision:resnet18", "imagenet")["weight"] == 0.5
+    assert CATKD.for_pair({}, "torchvision:resnet50", "mobilenetv1", "imagenet")["weight"] == 10
+    assert CATKD.for_pair({}, "torchvision:resnet50", "torchvision:resnet18", "imagenet") == {}
     assert CATKD.for_pair({}, "resnet14", "resnet8", "digits") == {}
 
 
