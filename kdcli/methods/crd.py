@@ -116,7 +116,7 @@ class CRD(FeatureMethod):
         """{"crd_s", "crd_t"} from the pooled vectors [B,C] of both networks; takes the embeddings up into the banks."""
         e_s = F.normalize(self.embed_s(exact(student.pooled)), dim=1)
         e_t = F.normalize(self.embed_t(exact(teacher.pooled.detach())), dim=1)
-        return self.contrast(e_s, e_t, self.contrast_index(batch, progress), batch)
+        return self.contrast(e_s, e_t, self.contrast_index(batch, progress), batch)  # type: ignore[call-arg]
 
     def contrast(self, e_s: Tensor, e_t: Tensor, chosen: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Both sides' loss from unit embeddings [B,D] and the compared entries, int64 [B,1+K], the positive first."""

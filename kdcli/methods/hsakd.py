@@ -37,6 +37,7 @@ from kdcli.methods.pairing import backbone, require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed, build_heads
 from kdcli.models.network import Network
+from kdcli.models.panel import Panel
 from kdcli.specs import TrainSpec
 from kdcli.transforms import check, expand, rescale, views
 
@@ -154,7 +155,7 @@ class HSAKD(Method):
         features.heads = tuple(head(features.maps[tap]) for head, tap in pairs)
         return features
 
-    def teacher_features(self, teacher: Network | Headed, views: Tensor) -> Features:
+    def teacher_features(self, teacher: Network | Headed | Panel, views: Tensor) -> Features:
         """The teacher's pass; of its heads only those that are compared."""
         features = backbone(teacher).features(views)
         if self.spec.heads_weight and isinstance(teacher, Headed):

@@ -40,6 +40,7 @@ from kdcli.methods.rescale import Pool, rescale_block
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed, build_heads
 from kdcli.models.network import Network, stage_shapes
+from kdcli.models.panel import Panel
 from kdcli.transforms import check, expand, joint_labels, rescale, views
 
 # The settings that decide how a VSD teacher is trained; the rest is the student's.
@@ -242,7 +243,7 @@ class VSD(Method):
             features.heads = tuple(head(x) for head, x in zip(self.student_heads, scaled, strict=True))
         return features
 
-    def teacher_features(self, teacher: Network | Headed, views: Tensor) -> Features:
+    def teacher_features(self, teacher: Network | Headed | Panel, views: Tensor) -> Features:
         """The teacher's pass; its heads are computed only if KD1 reads them."""
         read = self.spec.lambda1 > 0 and self.spec.kd1_target == "head_logits"
         features = backbone(teacher).features(views)
