@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdcli.networks import Loaded
 
 
-def named_file(name: str) -> Path | None:
+def named_file(name: str, field: str = "--teacher") -> Path | None:
     """The checkpoint that a teacher or assistant names, or None if it names an architecture.
 
     Raises:
@@ -31,14 +31,14 @@ def named_file(name: str) -> Path | None:
     if path.suffix in (".pth", ".pt", ".bin", ".tar"):
         raise UsageError(
             f"{name} is not a kd checkpoint",
-            field="--teacher",
+            field=field,
             hint=f"first: kd import {name} --arch ARCH --out teacher.safetensors",
         )
     if path.is_file() or path.is_dir():
         return checkpoint.locate(path)
     if path.suffix == ".safetensors" or ("/" in name and ":" not in name.partition("/")[0]):
-        raise InputError(f"no such checkpoint or run directory: {name}", field="--teacher")
-    canonical(name, field="--teacher")
+        raise InputError(f"no such checkpoint or run directory: {name}", field=field)
+    canonical(name, field=field)
     return None
 
 
@@ -108,8 +108,9 @@ def contents(spec: RunSpec) -> dict[str, str]:
         InputError: a file is missing or damaged.
     """
     found: dict[str, str] = {}
-    for name in (spec.teacher, *spec.assistant):
-        if name is not None and (file := named_file(name)) is not None:
+    named = [(spec.teacher, "--teacher"), *((name, "--assistant") for name in spec.assistant)]
+    for name, field in named:
+        if name is not None and (file := named_file(name, field)) is not None:
             found[name] = checkpoint.digest(file)
     for method in _methods_named(spec.method):
         if method.endswith(".py"):

@@ -221,17 +221,13 @@ def _teacher(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, *, a
             del made
             story.note(f"teacher: no trained {spec.teacher} for this method and recipe found, training it first")
             file = Path(pretrain_teacher(wanted, story, stop)["checkpoint"])
-    loaded = load_network(file)
-    compare_classes(loaded.metadata, dataset, loaded.path)
-    teachers.check(loaded, spec, len(dataset.classes))
-    _compare_normalization(loaded, dataset, story)
-    return loaded
+    return _read(file, spec, dataset, story)
 
 
 def _assistant(spec: RunSpec, position: int, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool) -> Loaded:
     """An assistant of a distillation, itself distilled first where the spec names an architecture."""
     name = spec.assistant[position]
-    file = teachers.named_file(name)
+    file = teachers.named_file(name, "--assistant")
     if file is None:
         wanted = teachers.assistant_for(spec, position)
         file = teachers.finished(wanted)
@@ -246,21 +242,27 @@ def _assistant(spec: RunSpec, position: int, story: Story, stop: StopFlag, datas
         else:
             story.note(f"assistant: no trained {name} for this teacher and recipe found, distilling it first")
             file = Path(distill(wanted, story, stop)["checkpoint"])
+    return _read(file, spec, dataset, story)
+
+
+def _read(file: Path, spec: RunSpec, dataset: DataSet, story: Story) -> Loaded:
+    """A network that is to teach, checked against data set and method.
+
+    It is said where it will see images normalised otherwise than those it was trained on.
+
+    Raises:
+        IncompatibleError: its classes, outputs or input scale are not those that are needed.
+    """
     loaded = load_network(file)
     compare_classes(loaded.metadata, dataset, loaded.path)
     teachers.check(loaded, spec, len(dataset.classes))
-    _compare_normalization(loaded, dataset, story)
-    return loaded
-
-
-def _compare_normalization(loaded: Loaded, dataset: DataSet, story: Story) -> None:
-    """Say so where a network will see images normalised otherwise than those it was trained on."""
     theirs = loaded.metadata["normalization"]
     if theirs is None or max(abs(a - b) for a, b in zip(theirs["mean"], dataset.mean, strict=True)) > 0.01:
         story.note(
             f"{loaded.path} was trained with mean {theirs and theirs['mean']}; it will see images normalised with "
             f"{list(dataset.mean)}"
         )
+    return loaded
 
 
 @dataclass

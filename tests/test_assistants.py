@@ -80,7 +80,8 @@ def test_dry_run_shows_who_teaches(kd: Kd):
         (["--method", "takd", "--teacher-scale", "2"], 2, "cannot teach at another scale"),
         (["--method", "takd", "--assistant", "resnet15"], 2, "no network named"),
         (["--method", "takd", "--no-auto-teacher"], 3, "no trained"),
-        (["--method", "takd", "--assistant", "a.pth"], 2, "not a kd checkpoint"),
+        (["--method", "takd", "--assistant", "a.pth"], 2, "--assistant: a.pth is not a kd checkpoint"),
+        (["--method", "takd", "--assistant", "no.safetensors"], 3, "--assistant: no such checkpoint"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words, code, part, kd: Kd):
