@@ -36,13 +36,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, *, scaled: 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy to hard labels, mean over rows.
+    """Cross-entropy to the labels, mean over rows.
 
     Args:
         logits: [B,K].
-        labels: int64 [B].
+        labels: int64 [B], or shares of the classes [B,K] (mixed images).
         smoothing: share of the target spread evenly over the K classes.
         temperature: divides the logits (VSD, Eq. 2, writes one inside the cross-entropy).
     """
     scaled = exact(logits) if temperature == 1 else exact(logits) / temperature
-    return F.cross_entropy(scaled, labels, label_smoothing=smoothing)
+    return F.cross_entropy(scaled, labels.to(scaled) if labels.dim() > 1 else labels, label_smoothing=smoothing)

@@ -82,16 +82,30 @@ def backbone_for(spec: RunSpec) -> RunSpec | None:
 
 def assistant_for(spec: RunSpec, position: int) -> RunSpec:
     """The distillation that makes an assistant of a resolved spec: from the teacher and the assistants before it."""
-    train, student = spec.train, spec.student
-    assert student is not None
-    explicit = None if train.lr == methods.standard_rate(train, student) else train.lr
     update = {
         "student": spec.assistant[position],
         "student_taps": None,
         "assistant": spec.assistant[:position],
         "baseline": False,
     }
-    return methods.resolve(_shared(spec, train.model_copy(update={"lr": explicit})).model_copy(update=update))
+    return methods.resolve(_shared(spec, _open_rate(spec)).model_copy(update=update))
+
+
+def prepared_for(spec: RunSpec, arch: str) -> list[RunSpec]:
+    """The distillations of networks like the teacher (`arch`) that a resolved spec's method wants made beforehand."""
+    method, values = methods.settings(spec)
+    wanted = []
+    for number, settings in enumerate(method.prepared(values)):
+        update = {"method": settings, "student": arch, "student_taps": spec.teacher_taps, "baseline": False}
+        wanted.append(methods.resolve(_shared(spec, _open_rate(spec)).model_copy(update={**update, "seed": number})))
+    return wanted
+
+
+def _open_rate(spec: RunSpec) -> TrainSpec:
+    """The recipe with its learning rate left open again where it is the standard one of the student."""
+    assert spec.student is not None
+    standard = spec.train.lr == methods.standard_rate(spec.train, spec.student)
+    return spec.train.model_copy(update={"lr": None if standard else spec.train.lr})
 
 
 def find(spec: RunSpec) -> tuple[RunSpec, Path | None]:

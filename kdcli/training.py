@@ -88,6 +88,7 @@ def _summary(run: Run, fitted: Fitted, device: Device, network: nn.Module, use: 
     backbone = deploy(network)
     assert isinstance(backbone, Network)
     size = backbone.image_size
+    beside = {"companions": fitted.companions} if fitted.companions else {}
     return envelope(
         spec.command,
         method=spec.method["name"],
@@ -97,6 +98,7 @@ def _summary(run: Run, fitted: Fitted, device: Device, network: nn.Module, use: 
         checkpoint=str(run.directory / file),
         spec_digest=run.digest,
         metrics=metrics,
+        **beside,
         best_on_test={**(fitted.best or {}), "note": "chosen on the test set: papers print it, do not select by it"},
         cost={
             "params": parameters_of(backbone),
@@ -245,6 +247,29 @@ def _assistant(spec: RunSpec, position: int, story: Story, stop: StopFlag, datas
     return _read(file, spec, dataset, story)
 
 
+def _prepared(
+    spec: RunSpec, teacher: Loaded, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool
+) -> list[Loaded]:
+    """Networks like the teacher that the method wants distilled from it beforehand; made first where there are none."""
+    found = []
+    for number, wanted in enumerate(teachers.prepared_for(spec, teacher.backbone.arch)):
+        file = teachers.finished(wanted)
+        if file is not None:
+            story.note(f"network {number} taught beforehand: {file}")
+        elif not auto:
+            raise InputError(
+                f"{spec.method['name']} wants {teacher.backbone.arch} taught beforehand, seed {number}, and there is none "
+                f"under {spec.system.runs_dir}",
+                field="--method",
+                hint="leave out --no-auto-teacher",
+            )
+        else:
+            story.note(f"network {number} taught beforehand: none found, distilling it first")
+            file = Path(distill(wanted, story, stop)["checkpoint"])
+        found.append(_read(file, spec, dataset, story))
+    return found
+
+
 def _read(file: Path, spec: RunSpec, dataset: DataSet, story: Story) -> Loaded:
     """A network that is to teach, checked against data set and method.
 
@@ -293,6 +318,7 @@ def _taught(
     else:
         everyone = [_teacher(spec, story, stop, dataset, auto=auto)]
         everyone += [_assistant(spec, i, story, stop, dataset, auto=auto) for i in range(len(spec.assistant))]
+        everyone += _prepared(spec, everyone[0], story, stop, dataset, auto=auto)
     told = []
     for loaded in everyone:
         device.place(loaded.network.requires_grad_(False))

@@ -37,6 +37,7 @@ class Batch:
         index: int64 [b], positions in the loader's split, on the device.
         weight: n_local * world / n_global; 0 for a sample that only keeps the rank busy. See `ranks.share`.
         extra: further augmented copies of the images, each like `images`; what `Loader` was asked for.
+        soft: float [b,K], each image's shares of the classes, where images are mixed; `labels` is the largest share's class.
     """
 
     images: Tensor
@@ -44,6 +45,12 @@ class Batch:
     index: Tensor
     weight: float
     extra: tuple[Tensor, ...] = ()
+    soft: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What a cross-entropy to the labels takes: int64 [b], or float [b,K] where images are mixed."""
+        return self.labels if self.soft is None else self.soft
 
 
 class Loader:

@@ -99,7 +99,7 @@ def evaluate(
         teacher: a network, and how it is used, to count agreement with (`single` inference).
         tick: called with (batches done, batches).
     """
-    was_training = network.training
+    before = [(module, module.training) for module in network.modules()]  # parts may be in different modes
     network.eval()
     tallies = {mode: Tally(device.torch) for mode in modes}
     images, started = 0, time.monotonic()
@@ -114,6 +114,7 @@ def evaluate(
         images += batch.labels.numel()
         if tick is not None:
             tick(done + 1, loader.steps)
-    network.train(was_training)
+    for module, training in before:
+        module.training = training
     results = {mode: tally.result(agreement=teacher is not None) for mode, tally in tallies.items()}
     return Evaluated(results, images / max(time.monotonic() - started, 1e-9))

@@ -26,7 +26,7 @@ from kdcli.data.loader import Batch, Loader
 from kdcli.data.randomness import mix
 from kdcli.engine import distributed, optim, state
 from kdcli.engine.device import Device, guarded
-from kdcli.engine.evaluate import Evaluated, evaluate
+from kdcli.engine.evaluate import evaluate
 from kdcli.engine.signals import StopFlag, listening, stopped
 from kdcli.engine.step import Step, StepOutput, deploy
 from kdcli.errors import IncompatibleError, NotFiniteError, UsageError
@@ -37,6 +37,7 @@ from kdcli.runs import Run
 from kdcli.specs import TrainSpec
 
 _SAVE_SECONDS = 30.0
+_FOLLOWED = "followed."  # in front of the names of values that are not terms of the loss
 _READ_EVERY = 50  # steps between looks at the device's not-finite flag on a GPU
 
 
@@ -70,15 +71,25 @@ class Fitted:
     Attributes:
         network: the trained network, with averaged weights where an average was kept.
         metrics: split → inference mode → metrics of the last epoch.
+        companions: name → split → metrics of the last epoch, of the networks evaluated beside it.
         best: the best single-inference metrics on the test set over the epochs; a labelled extra, never *the* number.
     """
 
     network: nn.Module
     metrics: dict[str, dict[str, dict[str, Any]]]
+    companions: dict[str, dict[str, dict[str, Any]]]
     best: dict[str, Any] | None
     seconds: float
     images_per_second: float
     steps: int
+
+
+@dataclass
+class _Measured:
+    """What an evaluation gave: `metrics` and `companions` as in `Fitted`."""
+
+    metrics: dict[str, dict[str, dict[str, Any]]]
+    companions: dict[str, dict[str, dict[str, Any]]]
 
 
 def fit(job: Job) -> Fitted:
@@ -158,8 +169,7 @@ class _Training:
         seconds = self.spent + time.monotonic() - self.started
         speed = self.session_images / max(time.monotonic() - self.started, 1e-9)
         network = self.average.module if self.average is not None else job.step.trained
-        metrics = {split: result.modes for split, result in evaluated.items()}
-        return Fitted(network, metrics, self.best, seconds, speed, self.at)
+        return Fitted(network, evaluated.metrics, evaluated.companions, self.best, seconds, speed, self.at)
 
     def _epoch(self, epoch: int) -> None:
         """Train from where the epoch stands to its end, or to the last step of the run."""
@@ -256,7 +266,8 @@ class _Training:
 
     def _add(self, output: StepOutput, count: int) -> None:
         """Add a part's terms, weighted by its images, to the epoch's running sums (on the device, float64)."""
-        values = {**output.terms, "correct": output.correct / max(count, 1)}
+        followed = {f"{_FOLLOWED}{name}": value for name, value in output.followed.items()}
+        values = {**output.terms, **followed, "correct": output.correct / max(count, 1)}
         for name, value in values.items():
             term = value.double() * count
             self.sums[name] = self.sums[name] + term if name in self.sums else term
@@ -273,7 +284,7 @@ class _Training:
 
     # ------------------------------------------------------------------------------------------- evaluating, recording
 
-    def _evaluate(self, epoch: int, modes: tuple[str, ...]) -> dict[str, Evaluated]:
+    def _evaluate(self, epoch: int, modes: tuple[str, ...]) -> _Measured:
         network = deploy(self.average.module if self.average is not None else self.job.step.trained)
         distributed.share_buffers(network)  # each rank kept BatchNorm statistics of its own; the first's are exported
 
@@ -283,22 +294,29 @@ class _Training:
                 self._save()
                 raise stopped(code, f"at step {self.at} of {self.end}")
 
-        results = {
-            split: evaluate(network, self.job.use, loader, self.job.device, modes, tick=tick)
-            for split, loader in self.job.tests.items()
-        }
-        if "test" in results:
-            single = results["test"].modes["single"]
+        def measure(module: nn.Module, use: Use, split: str, modes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+            return evaluate(module, use, self.job.tests[split], self.job.device, modes, tick=tick).modes
+
+        metrics = {split: measure(network, self.job.use, split, modes) for split in self.job.tests}
+        # They see the student's images. Those that share modules with the student leave it as they found it.
+        plain = Use(transform="none", scale=1, scale_mode=self.job.use.scale_mode)
+        companions: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, module in self.job.step.companions().items():
+            distributed.share_buffers(module)
+            companions[name] = {split: measure(module, plain, split, ("single",))["single"] for split in self.job.tests}
+        if "test" in metrics:
+            single = metrics["test"]["single"]
             if self.best is None or single["top1"] > self.best["top1"]:
                 self.best = {**single, "epoch": epoch + 1}
-        return results
+        return _Measured(metrics, companions)
 
-    def _record(self, epoch: int, evaluated: dict[str, Evaluated] | None) -> None:
+    def _record(self, epoch: int, evaluated: _Measured | None) -> None:
         """One line for the epoch, in metrics.jsonl and on stderr."""
         # By name: a resumed run has its sums in the order of the file, and must add and write them alike.
         sums = {name: distributed.sum_(value.clone()) for name, value in sorted(self.sums.items())}
         images = sums.pop("images").item()
         means = {name: value.item() / images for name, value in sums.items()}
+        followed = {name.removeprefix(_FOLLOWED): means.pop(name) for name in list(means) if name.startswith(_FOLLOWED)}
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.at,
@@ -307,16 +325,28 @@ class _Training:
             "terms": {name: round(value, 8) for name, value in means.items()},
         }
         if evaluated is not None:
-            line |= {split: result.modes for split, result in evaluated.items()}
+            line |= evaluated.metrics
+            if evaluated.companions:
+                line["companions"] = evaluated.companions
+        alarms: list[str] = []
+        if followed:
+            line["followed"] = {k: round(v, 8) if math.isfinite(v) else None for k, v in followed.items()}
+            alarms = self.job.step.method.alarms(followed)
+            if alarms:
+                line["alarms"] = alarms
         self.lines += 1
         if distributed.rank() == 0:
             durable.append_line(self.job.run.metrics, json.dumps(line, allow_nan=False))
         scores = [f"{s} {line[s]['single']['top1']:.2f}" for s in ("val", "test") if s in line]
+        for name, splits in line.get("companions", {}).items():
+            scores += [f"{name} {s} {splits[s]['top1']:.2f}" for s in ("val", "test") if s in splits]
         seconds = self.spent + time.monotonic() - self.started
         self.job.story.note(
             f"{self.job.title}: epoch {epoch + 1}/{self.recipe.epochs}  loss {line['train']['loss']:.4f}  "
             f"train {line['train']['top1']:.2f}  {'  '.join(scores)}  lr {line['lr']:.4g}  {seconds:.0f} s"
         )
+        for alarm in alarms:
+            self.job.story.note(f"{self.job.title}: {alarm}")
 
     def _facts(self) -> str:
         return f"{self.session_images / max(time.monotonic() - self.started, 1e-9):.0f} img/s"
@@ -400,7 +430,14 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
         return [batch]
     cuts = [round(i * n / count) for i in range(count + 1)]
     return [
-        Batch(batch.images[a:b], batch.labels[a:b], batch.index[a:b], batch.weight, tuple(x[a:b] for x in batch.extra))
+        Batch(
+            batch.images[a:b],
+            batch.labels[a:b],
+            batch.index[a:b],
+            batch.weight,
+            tuple(x[a:b] for x in batch.extra),
+            None if batch.soft is None else batch.soft[a:b],
+        )
         for a, b in itertools.pairwise(cuts)
         if b > a
     ]

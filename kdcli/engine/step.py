@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcli.data.loader import Batch
 from kdcli.engine.device import Device
 from kdcli.inference import Use
-from kdcli.methods.base import Method, Progress
+from kdcli.methods.base import Method, Outcome, Progress
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
@@ -26,11 +26,13 @@ class StepOutput:
     Attributes:
         total: [] the loss to minimise.
         terms: the weighted terms it is the sum of, by name.
+        followed: values to follow that are not minimised, by name.
         correct: [] how many images of the batch the trained network got right (single inference, as augmented).
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    followed: dict[str, Tensor]
     correct: Tensor
 
 
@@ -51,6 +53,10 @@ class StudentStep(nn.Module):
         """The network that is evaluated and exported."""
         return self.student
 
+    def companions(self) -> dict[str, nn.Module]:
+        """Networks that are evaluated beside the student, by name."""
+        return self.method.companions(self.student, self._teacher[0])
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
         teacher = self._teacher[0]
@@ -60,8 +66,8 @@ class StudentStep(nn.Module):
                 with torch.no_grad():
                     taught = self.method.teacher_features(teacher, self.method.teacher_views(batch, progress))
             seen = self.method.student_views(batch, progress)
-            learned = self.method.student_features(self.student, seen)
-        return _output(self.method.loss(batch, learned, taught, progress), learned, batch, self._use)
+            learned = self.method.joint_features(self.method.student_features(self.student, seen), taught)
+        return _output(self.method.outcome(batch, learned, taught, progress), learned, batch, self._use)
 
 
 class TeacherStep(nn.Module):
@@ -77,20 +83,25 @@ class TeacherStep(nn.Module):
         """The network that is evaluated and exported."""
         return self.teacher
 
+    def companions(self) -> dict[str, nn.Module]:
+        """None: a teacher learns alone."""
+        return {}
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
         with self._device.autocast():
             features = self.teacher.features(self.method.teacher_views(batch, progress))
-        return _output(self.method.teacher_loss(batch, features, progress), features, batch, self._use)
+        return _output(Outcome(self.method.teacher_loss(batch, features, progress)), features, batch, self._use)
 
 
-def _output(terms: dict[str, Tensor], features: Features, batch: Batch, use: Use) -> StepOutput:
-    total = torch.stack(list(terms.values())).sum()
+def _output(outcome: Outcome, features: Features, batch: Batch, use: Use) -> StepOutput:
+    total = torch.stack(list(outcome.terms.values())).sum()
     with torch.no_grad():
         rows = features.logits.shape[0] // batch.labels.shape[0]
         logits = fold(features.logits.detach()[::rows], views(use.transform), "single")
         correct = (logits.argmax(1) == batch.labels).sum()
-    return StepOutput(total, {name: term.detach() for name, term in terms.items()}, correct)
+    terms, followed = ({k: v.detach() for k, v in values.items()} for values in (outcome.terms, outcome.followed))
+    return StepOutput(total, terms, followed, correct)
 
 
 Step = StudentStep | TeacherStep

@@ -24,6 +24,19 @@ from kdcli.specs import Section, TrainSpec
 from kdcli.transforms import rescale
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a method makes of a batch.
+
+    Attributes:
+        terms: the weighted terms of the student's loss, by name, each []; their sum is minimised.
+        followed: values to follow over the epochs that nobody minimises, by name, each [], means over the batch's images.
+    """
+
+    terms: dict[str, Tensor]
+    followed: dict[str, Tensor] = field(default_factory=dict)
+
+
 class MethodSpec(Section):
     """Base of every method's settings."""
 
@@ -92,6 +105,8 @@ class Method(nn.Module, ABC):
     """Whether the method's literature trained with Nesterov momentum."""
     fixed_stride: ClassVar[bool] = False
     """Whether networks must down-sample alike at every input size even where both see the same size."""
+    mixes: ClassVar[bool] = True
+    """Whether the losses make sense of mixed images (mixup, cutmix), whose targets are shared among classes."""
     assistants: ClassVar[Literal["none", "last", "all"]] = "none"
     """Which assistants teach (`--assistant`): none are taken; the last of the chain in the teacher's place; or all of
     them beside the teacher, whose features then hold theirs."""
@@ -173,6 +188,15 @@ class Method(nn.Module, ABC):
         scale = spec.teacher_scale if role == "teacher" else 1
         return {"transform": "none", "scale": scale, "scale_mode": spec.scale_mode}
 
+    @classmethod
+    def prepared(cls, spec: Any) -> tuple[dict[str, Any], ...]:
+        """Name and settings of the methods by which networks of the teacher's architecture learn from it beforehand.
+
+        Each is an ordinary run with the recipe of this one and the seed 0, 1, …. Frozen, they teach beside the teacher: its
+        features hold theirs as `assistants`. Default none.
+        """
+        return ()
+
     def student_views(self, batch: Batch, progress: Progress) -> Tensor:
         """Images the student sees, [B*V,C,H,W]; default: the augmented batch."""
         return batch.images
@@ -190,9 +214,35 @@ class Method(nn.Module, ABC):
         backbone = teacher.network if isinstance(teacher, Headed) else teacher
         return backbone.features(views)
 
+    def joint_features(self, student: Features, teacher: Features | None) -> Features:
+        """The student's features with what further passes through stages of both networks add to them; default: as they are.
+
+        Gradients flow here, through the stages of a frozen teacher too; `features.network` has the stages.
+        """
+        return student
+
     @abstractmethod
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """The weighted terms of the student's loss, by name; their sum is minimised."""
+
+    def outcome(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> Outcome:
+        """`loss`, and the values to follow over the epochs; a method that has some overrides this and lets `loss` call it."""
+        return Outcome(self.loss(batch, student, teacher, progress))
+
+    def alarms(self, followed: dict[str, float]) -> list[str]:
+        """Sentences about what goes wrong, given the means of the followed values over an epoch; default none."""
+        return []
+
+    def companions(self, student: Network, teacher: Network | Headed | Panel | None) -> dict[str, nn.Module]:
+        """Networks whose accuracy is measured along with the student's, by name; default none.
+
+        Each maps images [B,3,H,W] of the student's size to logits [B,K]. They serve the training and are not exported.
+        """
+        return {}
+
+    def undecayed(self) -> tuple[nn.Parameter, ...]:
+        """The method's own parameters that are to have no weight decay; default none."""
+        return ()
 
     def teacher_loss(self, batch: Batch, teacher: Features, progress: Progress) -> dict[str, Tensor]:
         """The weighted terms with which a teacher for this method is trained; default: {"ce"}, plain cross-entropy."""

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-
-class Preactivating(Protocol):
-    """What can turn a stage's raw output into its pre-activation map: a `Network`."""
-
-    def preact(self, i: int, raw: torch.Tensor) -> torch.Tensor:
-        """The pre-activation map `[B, C, H, W]` of stage i."""
-        ...
+if TYPE_CHECKING:
+    from kdcli.models.network import Network
 
 
 @dataclass
@@ -40,7 +35,8 @@ class Features:
     """What the assistants of a `Panel` made of the same images."""
     _raw: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """What each stage was before its closing step (see `Network.close`); `_raw[i - 1]` belongs to stage i."""
-    _network: Preactivating | None = field(default=None, repr=False)
+    network: Network | None = field(default=None, repr=False)
+    """The network that made them, where it is known."""
 
     @property
     def stages(self) -> tuple[torch.Tensor, ...]:
@@ -54,6 +50,6 @@ class Features:
         sum, with batch statistics in training mode and running statistics in evaluation mode. ShuffleNetV2: the
         concatenation before ReLU and before the channel shuffle. (OFD and the teacher side of ReviewKD use these maps.)
         """
-        if not 1 <= i <= len(self._raw) or self._network is None:
+        if not 1 <= i <= len(self._raw) or self.network is None:
             raise IndexError(f"stage {i} of {len(self._raw)}")
-        return self._network.preact(i, self._raw[i - 1])
+        return self.network.preact(i, self._raw[i - 1])

@@ -83,7 +83,7 @@ class Hooked(Network):
         maps = tuple(self._kept[name] for name in self.tap_names)
         pooled = self._kept["pooled"]
         self._kept.clear()  # nothing may outlive the pass: it would keep the graph alive
-        return Features(logits, pooled.flatten(1), maps, _raw=maps[1:], _network=self)
+        return Features(logits, pooled.flatten(1), maps, _raw=maps[1:], network=self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = first_tensor(self.net(x))  # some networks return auxiliary logits too while training

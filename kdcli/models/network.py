@@ -147,7 +147,7 @@ class Network(nn.Module, ABC):
         else:
             pooled = pool(final)
             logits = self.classify(pooled)
-        return Features(logits, pooled, tuple(maps), final=final, _raw=tuple(raws), _network=self)
+        return Features(logits, pooled, tuple(maps), final=final, _raw=tuple(raws), network=self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, H, W]` (a truncated network: maps) to logits `[B, K]`."""
