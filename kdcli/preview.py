@@ -83,13 +83,15 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
 def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed | Panel:
     """Who teaches: files where there are any, else fresh networks, since only shapes and speed matter here."""
     method, _ = methods.settings(spec)
-    if not spec.assistant:
-        return _main_teacher(spec, dataset)
-    if method.assistants == "last":
+    if spec.assistant and method.assistants == "last":
         return _assistant(spec, len(spec.assistant) - 1, dataset)
-    main = deploy(_main_teacher(spec, dataset))
+    teacher = _main_teacher(spec, dataset)
+    main = deploy(teacher)
     assert isinstance(main, Network)
-    return Panel(main, [_assistant(spec, i, dataset) for i in range(len(spec.assistant))])
+    others = [_assistant(spec, i, dataset) for i in range(len(spec.assistant))]
+    for wanted in teachers.prepared_for(spec, main.arch):
+        others.append(make_network(wanted, "student", *methods.settings(wanted), dataset))
+    return Panel(main, others) if others else teacher
 
 
 def _assistant(spec: RunSpec, position: int, dataset: DataSet) -> Network:
