@@ -31,7 +31,7 @@ def command_line(command: str, spec: RunSpec) -> str:
     standard, mine = _flat(bare), _flat(spec)
     for path, value in mine.items():
         if path not in said and value != standard.get(path):
-            parts += ["--seed", str(value)] if path == "seed" else ["--set", _assignment(path, value)]
+            parts += _words(path, value, flags=spec.command != "linear-probe" or path == "seed")
     return shlex.join(parts)
 
 
@@ -50,6 +50,21 @@ def _at(values: dict[str, Any], path: str) -> Any:
     for key in path.split("."):
         values = values[key]
     return values
+
+
+def _words(path: str, value: Any, *, flags: bool) -> list[str]:
+    """A setting as words of the command line: its flag where it is a plain value of the recipe or the machine.
+
+    Args:
+        flags: whether the command has them (a linear probe leaves out many).
+    """
+    section, _, leaf = path.rpartition(".")
+    flag = leaf.replace("_", "-")
+    if not flags or section not in ("", "data", "train", "system") or value is None or isinstance(value, list | dict):
+        return ["--set", _assignment(path, value)]
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
 
 
 def _assignment(path: str, value: Any) -> str:

@@ -22,7 +22,7 @@ from kdcli.engine.device import Device, guarded
 from kdcli.engine.evaluate import Tally
 from kdcli.engine.fit import Job, fit
 from kdcli.engine.signals import StopFlag, stopped
-from kdcli.engine.step import StepOutput
+from kdcli.engine.step import Step, StepOutput
 from kdcli.inference import Use
 from kdcli.losses import cross_entropy
 from kdcli.methods.base import Progress
@@ -58,7 +58,7 @@ class Probe(nn.Module):
         return self.linear(self.pooled(images))
 
 
-class ProbeStep(nn.Module):
+class ProbeStep(Step):
     """One step of a probe's training: cross-entropy of the linear layer."""
 
     def __init__(self, probe: Probe, smoothing: float) -> None:
@@ -69,7 +69,8 @@ class ProbeStep(nn.Module):
         """Loss of a batch: images [B,C,H,W], labels [B]."""
         logits = self.trained(batch.images)
         loss = cross_entropy(logits, batch.labels, self.smoothing)
-        return StepOutput(loss, {"ce": loss.detach()}, (logits.detach().argmax(1) == batch.labels).sum())
+        correct = (logits.detach().argmax(1) == batch.labels).sum()
+        return StepOutput(loss, {"ce": loss.detach()}, {}, correct)
 
 
 def probe(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _augmented(
     """Train through the engine's loop: every image augmented anew in every epoch, resumable."""
     train = make_loader(spec, dataset, dataset.train, device, train=True)
     tests = {"test": make_loader(spec, dataset, dataset.test, device, train=False)}
-    step: Any = ProbeStep(module, spec.train.label_smoothing)
+    step = ProbeStep(module, spec.train.label_smoothing)
     job = Job(run, step, Use(), device, train, tests, spec.train, story, stop, f"probe on {dataset.name}")
     fitted = fit(job)
     train.close()

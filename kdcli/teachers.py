@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli import checkpoint, methods, presets
+from kdcli import checkpoint, methods
+from kdcli.commandline import command_line
 from kdcli.errors import IncompatibleError, InputError, UsageError
-from kdcli.flags import Request
 from kdcli.models.names import canonical
-from kdcli.runs import digest_of, directory_for, flat, identity
-from kdcli.specs import RunSpec, TrainSpec, field_paths
+from kdcli.runs import digest_of, directory_for, identity
+from kdcli.specs import RunSpec, TrainSpec
 
 if TYPE_CHECKING:
     from kdcli.networks import Loaded
@@ -146,27 +144,6 @@ def finished(wanted: RunSpec) -> Path | None:
     return file if (directory / "summary.json").is_file() and file.is_file() else None
 
 
-def command_for(wanted: RunSpec) -> str:
-    """The shell command that trains this teacher, with every setting in which it differs from the standard recipe."""
-    words = {"method": wanted.method["name"], "teacher": wanted.teacher, "data.dataset": wanted.data.dataset}
-    bare = methods.resolve(presets.resolve("pretrain-teacher", Request(words, [], [], False, False, False)))
-    standard, mine = flat(bare.identity()), flat(wanted.identity())
-    mine |= {"data.data_dir": wanted.data.data_dir, "system.runs_dir": wanted.system.runs_dir}
-    standard |= {"data.data_dir": None, "system.runs_dir": "runs"}
-    parts = ["kd pretrain-teacher"]
-    parts += ["--method", shlex.quote(words["method"]), "--teacher", wanted.teacher or ""]
-    parts += ["--dataset", shlex.quote(words["data.dataset"])]
-    flags = {path: f"--{leaf.replace('_', '-')}" for leaf, path in field_paths().items()}
-    for path, value in mine.items():
-        if value == standard.get(path):
-            continue
-        if path in flags and isinstance(value, int | float | str) and not isinstance(value, bool):
-            parts += [flags[path], shlex.quote(str(value))]
-        else:
-            parts += ["--set", shlex.quote(f"{path}={json.dumps(value)}")]
-    return " ".join(parts)
-
-
 def check(loaded: Loaded, spec: RunSpec, classes: int) -> None:
     """Refuse a teacher whose main head or input scale is not what the method needs.
 
@@ -175,18 +152,19 @@ def check(loaded: Loaded, spec: RunSpec, classes: int) -> None:
     """
     method, values = methods.settings(spec)
     outputs = method.teacher_outputs(values, classes)
-    command = command_for(spec_for(spec.model_copy(update={"teacher": loaded.backbone.arch})))
+    wanted = spec_for(spec.model_copy(update={"teacher": loaded.backbone.arch}))
+    command = command_line(wanted.command, wanted)
     if loaded.backbone.outputs != outputs:
         raise IncompatibleError(
             f"{loaded.path} has {loaded.backbone.outputs} outputs and the method {spec.method['name']} needs {outputs}",
             field="--teacher",
             hint=f"make one that fits: {command}",
         )
-    wanted: dict[str, Any] = method.inference(values, "teacher")
-    if replace(loaded.use, scale_mode="") != replace(type(loaded.use)(**wanted), scale_mode=""):
+    use: dict[str, Any] = method.inference(values, "teacher")
+    if replace(loaded.use, scale_mode="") != replace(type(loaded.use)(**use), scale_mode=""):
         raise IncompatibleError(
             f"{loaded.path} was trained for transform {loaded.use.transform} at scale {loaded.use.scale}, the method is "
-            f"set to {wanted['transform']} at scale {wanted['scale']}",
+            f"set to {use['transform']} at scale {use['scale']}",
             field="--teacher",
             hint=f"make one that fits: {command}",
         )

@@ -21,6 +21,7 @@ from kdcli.building import (
     make_teacher,
     recipe_of,
 )
+from kdcli.commandline import command_line
 from kdcli.data.dataset import DataSet
 from kdcli.engine import distributed
 from kdcli.engine.device import Device, guarded, open_device
@@ -214,7 +215,7 @@ def _teacher(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, *, a
                     f"no trained {spec.teacher} for {spec.method['name']} on {spec.data.dataset} under "
                     f"{spec.system.runs_dir}",
                     field="--teacher",
-                    hint=f"make it: {teachers.command_for(wanted)}",
+                    hint=f"make it: {command_line(wanted.command, wanted)}",
                 )
             # Whatever makes the pair impossible shall show itself before the teacher is trained, and not after.
             made = make_teacher(wanted, method, values, dataset)

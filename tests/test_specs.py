@@ -14,6 +14,7 @@ import typer.main
 from pydantic import BaseModel
 
 from kdcli import cli, methods, presets, teachers
+from kdcli.commandline import command_line
 from kdcli.errors import UsageError
 from kdcli.flags import Request, parse_tuple
 from kdcli.specs import RunSpec, Section, field_at, field_paths, validate
@@ -459,7 +460,7 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     """The line printed for a missing teacher, typed into a shell, trains the very teacher that is looked for."""
     given = {"method": "vsd", "teacher": "wrn40_2", "student": "wrn16_2", **flags}
     wanted = teachers.spec_for(resolved("distill", sets=sets, **given))
-    kd, name, *arguments = shlex.split(teachers.command_for(wanted))
+    kd, name, *arguments = shlex.split(command_line(wanted.command, wanted))
     assert (kd, name) == ("kd", "pretrain-teacher")
     command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
     typed = command.make_context(name, arguments).params

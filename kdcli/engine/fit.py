@@ -331,7 +331,7 @@ class _Training:
         alarms: list[str] = []
         if followed:
             line["followed"] = {k: round(v, 8) if math.isfinite(v) else None for k, v in followed.items()}
-            alarms = self.job.step.method.alarms(followed)
+            alarms = self.job.step.alarms(followed)
             if alarms:
                 line["alarms"] = alarms
         self.lines += 1

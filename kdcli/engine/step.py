@@ -36,7 +36,26 @@ class StepOutput:
     correct: Tensor
 
 
-class StudentStep(nn.Module):
+class Step(nn.Module):
+    """What the loop trains: called with `(batch, progress)` it gives a `StepOutput`; its state is a run's state."""
+
+    trained: nn.Module
+    """The network that is evaluated and exported."""
+
+    def companions(self) -> dict[str, nn.Module]:
+        """Networks that are evaluated beside the trained one, by name; images [B,3,H,W] to logits [B,K]."""
+        return {}
+
+    def alarms(self, followed: dict[str, float]) -> list[str]:
+        """Sentences about what goes wrong, given an epoch's means of the followed values."""
+        return []
+
+    def undecayed(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that are to have no weight decay, whatever the recipe says."""
+        return ()
+
+
+class StudentStep(Step):
     """A student learning from a frozen teacher (or from labels alone)."""
 
     def __init__(
@@ -49,13 +68,17 @@ class StudentStep(nn.Module):
         self._use, self._device = use, device
 
     @property
-    def trained(self) -> Network:
-        """The network that is evaluated and exported."""
+    def trained(self) -> Network:  # type: ignore[override]
         return self.student
 
     def companions(self) -> dict[str, nn.Module]:
-        """Networks that are evaluated beside the student, by name."""
         return self.method.companions(self.student, self._teacher[0])
+
+    def alarms(self, followed: dict[str, float]) -> list[str]:
+        return self.method.alarms(followed)
+
+    def undecayed(self) -> tuple[nn.Parameter, ...]:
+        return self.method.undecayed()
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
@@ -70,7 +93,7 @@ class StudentStep(nn.Module):
         return _output(self.method.outcome(batch, learned, taught, progress), learned, batch, self._use)
 
 
-class TeacherStep(nn.Module):
+class TeacherStep(Step):
     """A teacher being trained for a method, with whatever heads the method asks of it."""
 
     def __init__(self, method: Method, teacher: Network | Headed, use: Use, device: Device) -> None:
@@ -79,13 +102,8 @@ class TeacherStep(nn.Module):
         self._use, self._device = use, device
 
     @property
-    def trained(self) -> Network | Headed:
-        """The network that is evaluated and exported."""
+    def trained(self) -> Network | Headed:  # type: ignore[override]
         return self.teacher
-
-    def companions(self) -> dict[str, nn.Module]:
-        """None: a teacher learns alone."""
-        return {}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
@@ -103,8 +121,6 @@ def _output(outcome: Outcome, features: Features, batch: Batch, use: Use) -> Ste
     terms, followed = ({k: v.detach() for k, v in values.items()} for values in (outcome.terms, outcome.followed))
     return StepOutput(total, terms, followed, correct)
 
-
-Step = StudentStep | TeacherStep
 
 
 def deploy(module: Any) -> nn.Module:
