@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from harness import environment
 
-from kdcli import cli, methods, presets, sweep, sweepfile
+from kdcli import cli, methods, presets, sweep, sweepfile, teachers
 from kdcli.errors import UsageError
 from kdcli.flags import Request, parse_tuple
 from kdcli.specs import RunSpec, field_paths
@@ -150,15 +150,12 @@ def test_a_table_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_expands_into_valid_runs(name: str) -> None:
-    """Every run is resolved for good, no two are equal, and none is missing but SLKD's own."""
+    """Every run is resolved for good, no two are equal, and none waits for a method."""
     runs = expand(name)
-    waiting = {run.method for run in runs if run.needs}
-    assert waiting <= {"slkd"}
-    if "slkd" not in methods.SHIPPED:  # after that only its variants may wait
-        assert waiting == ({"slkd"} if "slkd" in name else set())
     digests = []
     for run in runs:
-        assert (run.spec is None) == bool(run.needs or run.stage == "paper")
+        assert not run.needs
+        assert (run.spec is None) == (run.stage == "paper")
         assert run.cells
         if run.spec is not None:
             again = run.spec if run.stage == "probe" else methods.resolve(run.spec)
@@ -202,6 +199,47 @@ def test_rows_copied_from_elsewhere_say_so() -> None:
         assert (found["KD"].epoch, found["KD"].teachers) == ("last", "CRD")
         assert (found["AT"].epoch, found["AT"].teachers) == ("best", "SSKD")
         assert (found["VSD"].epoch, found["VSD"].teachers) == ("unknown", "own")
+
+
+def test_slkd_is_taught_as_its_ablation_says() -> None:
+    """Table 7: KD, one self-learning teacher alone, one beside the teacher."""
+    runs = [run for run in expand("tables/slkd-7") if run.spec is not None]
+    found = {cell.label: run.spec.method for run in runs for cell in run.cells if run.spec is not None}
+    assert found["T"]["name"] == "kd"
+    for label, taught_by in (("SL-T", "self-learning"), ("T + SL-T", "both")):
+        ours = found[label]
+        assert (ours["name"], ours["self_teachers"], ours["taught_by"]) == ("slkd", 1, taught_by)
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("tables/slkd-8", 6), ("tables/slkd-9", 5)])
+def test_slkd_in_sequence_differs_in_nothing_else(name: str, pairs: int) -> None:
+    """Tables 8 and 9: SLKD is the run of Tables 1 and 2; SLKD* has its self-learning teachers made by KD beforehand."""
+    together, after = (students(expand(name, [f"label={label}"])) for label in ("SLKD", "SLKD*"))
+    assert len(together) == len(after) == pairs
+    original = students(expand(name.replace("8", "1").replace("9", "2"), ["label=SLKD"]))
+    assert [spec.digest() for spec in together] == [spec.digest() for spec in original]
+    for one, other in zip(together, after, strict=True):
+        assert {**one.method, "training": "sequential"} == other.method
+        arch = other.teacher or ""
+        made = teachers.prepared_for(other, arch)
+        assert [(spec.seed, spec.student, spec.method["name"]) for spec in made] == [(i, arch, "kd") for i in (0, 1)]
+        assert {spec.train.lr for spec in made} == {0.05}
+
+
+def test_slkd_has_the_hyper_parameters_of_its_paper() -> None:
+    """Tables 10 and 11, by data set and student: epochs, batch, rate, decay, a and T."""
+    wanted = {
+        "tables/slkd-1": (240, 64, 0.05, 5e-4, (150, 180, 210), 0.1, 4.0),
+        "tables/slkd-2": (240, 64, 0.01, 5e-4, (150, 180, 210), 0.1, 4.0),
+        "tables/slkd-3": (100, 512, 0.2, 1e-4, (30, 60, 90), 0.5, 1.0),
+        "tables/slkd-4": (100, 512, 0.2, 1e-4, (30, 60, 90), 0.5, 1.0),
+    }
+    for name, expected in wanted.items():
+        for spec in students(expand(name, ["method=slkd"])):
+            train, ours = spec.train, spec.method
+            decays = tuple(round(share * train.epochs) for share in train.milestones)
+            found = (train.epochs, train.batch_size, train.lr, train.weight_decay, decays)
+            assert (*found, ours["ce_share"], ours["temperature"]) == expected, name
 
 
 def test_tables_without_numbers_have_none() -> None:
@@ -537,6 +575,7 @@ def test_a_plan_is_lines_of_commands_and_nothing_else(kd) -> None:
     assert result.out.splitlines() == [
         "kd pretrain-teacher --method none --teacher vgg13 --dataset cifar100",
         "kd distill --method kd --teacher vgg13 --student vgg8 --dataset cifar100",
+        "kd distill --method slkd --teacher vgg13 --student vgg8 --dataset cifar100",
     ]
     document = kd(*words, "--json").json
     teacher, student, *rest = document["runs"]
@@ -545,11 +584,19 @@ def test_a_plan_is_lines_of_commands_and_nothing_else(kd) -> None:
     assert student["spec"]["student"] == "vgg8"
     (number,) = student["cells"][0]["published"]
     assert number == {"value": 72.98, "epoch": "last", "teachers": "CRD", "source": "CRD's table"}
-    if "slkd" not in methods.SHIPPED:
-        assert "not available yet: SLKD (1 place) needs slkd" in result.err
-        assert [(run["needs"], run["command"], run["spec"]) for run in rest] == [("slkd", "", None)]
-        alone = kd(*words[:-1], "method=slkd")
-        assert (alone.code, alone.out) == (0, "")
+    assert "not available" not in result.err
+    assert [(run["needs"], run["command"]) for run in rest] == [(None, result.out.splitlines()[2])]
+
+
+def test_a_plan_of_nothing_but_missing_methods_is_empty(kd, tmp_path: Path) -> None:
+    """No line on stdout, and what is waited for on stderr and in the document."""
+    text = "[sweep]\npairs = [['resnet14', 'resnet8']]\nmethods = [{name='vsd', label='Later', needs='soon'}]\n"
+    file = write(tmp_path / "s.toml", text)
+    result = kd("sweep", file, "--plan")
+    assert (result.code, result.out) == (0, "")
+    assert "not available yet: Later (1 place) needs soon" in result.err
+    (run,) = kd("sweep", file, "--plan", "--json").json["runs"]
+    assert (run["needs"], run["command"], run["spec"]) == ("soon", "", None)
 
 
 METHOD = """
@@ -681,7 +728,7 @@ def test_a_sweep_runs_in_one_process(kd, tmp_path: Path) -> None:
     result = kd("sweep", "s.toml", "--set", "system.nproc=2")
     assert result.code == 2
     assert "--plan" in result.error
-    assert "--set system.nproc=2" in kd("sweep", "s.toml", "--set", "system.nproc=2", "--plan").out
+    assert "--nproc 2" in kd("sweep", "s.toml", "--set", "system.nproc=2", "--plan").out
 
 
 def test_views_averaged_have_a_row_of_their_own(kd, tmp_path: Path) -> None:
