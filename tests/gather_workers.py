@@ -17,6 +17,7 @@ from kdcli import methods
 from kdcli.data.loader import Batch
 from kdcli.data.ranks import share as share_of
 from kdcli.gather import BatchNorm2d, gathered, share
+from kdcli.methods import slkd
 from kdcli.methods.base import Progress, Setting
 from kdcli.models import build
 from kdcli.models.heads import Headed
@@ -64,6 +65,14 @@ class Plain(Network):
 
     def truncated(self, first: int, outputs: int) -> Plain:
         return Plain(self.width, outputs, first)
+
+
+def another(arch: str, outputs: int, *rest: Any, **more: Any) -> Network:
+    """`build` for methods that want one more network like the teacher, which may be a `Plain` here."""
+    return Plain(int(arch.removeprefix("plain")), outputs) if "plain" in arch else build(arch, outputs, *rest, **more)
+
+
+slkd.build = another
 
 
 def work(rank: int, world: int, folder: Path, jobs: dict[str, tuple[str, tuple[Any, ...]]]) -> None:
@@ -184,6 +193,7 @@ def method(
         with torch.no_grad():
             taught = objective.teacher_features(teacher, objective.teacher_views(batch, progress))
         learned = objective.student_features(student, objective.student_views(batch, progress))
+        learned = objective.joint_features(learned, taught)
         terms = objective.loss(batch, learned, taught, progress)
         total = torch.stack(list(terms.values())).sum() * batch.weight
         total.backward()
