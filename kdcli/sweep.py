@@ -19,8 +19,8 @@ from kdcli.runs import digest_of, directory_for, flat, identity
 from kdcli.specs import RunSpec
 from kdcli.sweepfile import Entry, Key, Number, Pair, Sweep, keys, load, network, numbers, pair_of
 
-Stage = Literal["backbone", "teacher", "student", "probe", "paper"]
-STAGES: tuple[Stage, ...] = ("backbone", "teacher", "student", "probe")
+Stage = Literal["backbone", "teacher", "assistant", "student", "probe", "paper"]
+STAGES: tuple[Stage, ...] = ("backbone", "teacher", "assistant", "student", "probe")
 _ORDER: tuple[Stage, ...] = (*STAGES, "paper")
 _Numbers = dict[tuple[str, Key], tuple[Number, ...]]
 # What a probe shares with the students of its sweep; the rest of their settings is not about it.
@@ -152,11 +152,14 @@ def expand(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> lis
     Raises:
         UsageError: something in the sweep, a filter or a setting is wrong, or the filters leave nothing.
     """
-    return [run for run in steps(name, only, sets) if run.stage not in ("backbone", "teacher")]
+    return [run for run in steps(name, only, sets) if run.stage in ("student", "probe", "paper")]
 
 
 def steps(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Planned]:
-    """As `expand`, with the teachers that the students need before them, so that runs of one stage may go in parallel."""
+    """As `expand`, with those who teach the students before them, so that runs of one stage may go in parallel.
+
+    Only the assistants of one chain have to go one after the other; each `requires` the ones before it.
+    """
     sweep = load(name)
     _refuse(sweep, sets)
     filters = _filters(sweep, only)
@@ -203,24 +206,38 @@ def _planned(
             yield Planned("student", "distill", entry.name, None, "", (cell,), entry.needs)
         return
     spec = methods.resolve(presets.resolve("distill", _request(sweep, draft, sets)))
-    required = tuple(_teachers(spec))
+    required = tuple(_before(spec))
     yield from required
     directory = _directory(spec)
     command = "distill" if draft.ratio is None else "fewshot"
-    before = () if not required else (required[-1].directory,)
+    before = tuple(run.directory for run in required)
     yield Planned("student", command, spec.method["name"], spec, directory, (cells[0],), requires=before)
     for probe, cell in zip(probes, cells[1:], strict=True):
         asked = _probe(sweep, draft, directory, probe, sets)
         yield Planned("probe", "linear-probe", spec.method["name"], asked, "", (cell,), requires=(directory,))
 
 
-def _teachers(spec: RunSpec) -> Iterator[Planned]:
-    """The teacher's run of a resolved spec, after that of the backbone it may build on; nothing for a teacher in a file."""
-    if spec.teacher is None or teachers.named_file(spec.teacher) is not None:
+def _before(spec: RunSpec) -> Iterator[Planned]:
+    """The runs that make a resolved spec's teacher, assistants and networks taught beforehand, in order; none for files."""
+    if spec.teacher is None:
         return
     method, _ = methods.settings(spec)
-    if method.assistants == "last" and spec.assistant:
-        return  # the last of the chain teaches, and is made on the way
+    chain = method.assistants == "last" and bool(spec.assistant)
+    if not chain and teachers.named_file(spec.teacher) is None:
+        yield from _teacher(spec)
+    # Of a chain the last one teaches; those before it teach it.
+    positions = range(len(spec.assistant))[-1 if chain else 0 :]
+    named = [i for i in positions if teachers.named_file(spec.assistant[i], "--assistant") is None]
+    wanted = [teachers.assistant_for(spec, i) for i in named]
+    for other in [*wanted, *teachers.prepared_for(spec, methods.architecture(spec.teacher))]:
+        before = tuple(_before(other))
+        yield from before
+        required = tuple(run.directory for run in before)
+        yield Planned("assistant", "distill", other.method["name"], other, _directory(other), requires=required)
+
+
+def _teacher(spec: RunSpec) -> Iterator[Planned]:
+    """The run of a resolved spec's teacher, after that of the backbone it may build on."""
     wanted = teachers.spec_for(spec)
     backbone = teachers.backbone_for(wanted)
     before = ()

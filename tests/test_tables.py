@@ -367,12 +367,39 @@ def test_teachers_come_first_and_once() -> None:
     for run in runs:
         assert set(run.requires) <= made
         made.add(run.directory)
-    for stage in sweep.STAGES[:3]:
+    for stage in ("backbone", "teacher", "student"):
         part = steps(
             "tables/vsd-2", ["pair=wrn40_2:wrn16_2,wrn40_2:wrn40_1", "method=kd,at,sskd,vsd", f"stage={stage}"]
         )
         assert [run.directory for run in part] == [run.directory for run in runs if run.stage == stage]
         assert not {path for run in part for path in run.requires} & {run.directory for run in part}
+
+
+def test_those_who_are_taught_to_teach_come_between_teachers_and_students() -> None:
+    """SLKD*'s self-learning teachers, shared by two students, are runs of their own that only need the teacher."""
+    runs = steps("tables/slkd-8", ["pair=wrn40_2:wrn16_2,wrn40_2:wrn40_1", "label=SLKD*"])
+    assert [run.stage for run in runs] == ["teacher", "assistant", "assistant", "student", "student"]
+    teacher, *prepared = (run.directory for run in runs[:3])
+    assert [run.requires for run in runs[1:3]] == [(teacher,), (teacher,)]
+    assert all(run.requires == (teacher, *prepared) or set(prepared) < set(run.requires) for run in runs[3:])
+    assert [run.spec.seed for run in runs[1:3] if run.spec is not None] == [0, 1]
+
+
+def test_a_sweep_makes_the_chain_of_assistants_once(kd, tmp_path: Path) -> None:
+    """Each link after the one before it; TAKD's student and DGKD's are taught by runs that the sweep has made."""
+    write(
+        tmp_path / "s.toml",
+        "assistant = ['resnet20', 'resnet14']\n" + TINY + "[sweep]\npairs = [['resnet26', 'resnet8']]\n"
+        "methods = ['takd', 'dgkd']\n",
+    )
+    lines = kd("sweep", "s.toml", "--plan").out.splitlines()
+    students = [line.split("--student ")[1].split()[0] for line in lines[1:]]
+    assert students == ["resnet20", "resnet14", "resnet20", "resnet14", "resnet8", "resnet8"]
+    result = kd("sweep", "s.toml", "--json")
+    assert result.code == 0, result.err
+    assert [run["stage"] for run in result.json["runs"]] == ["teacher", *["assistant"] * 4, "student", "student"]
+    assert "found, distilling it first" not in result.err
+    assert "found, training it first" not in result.err
 
 
 def test_a_method_is_available_when_it_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ SHIPPED = {
     "ofa": "logits of the student's stages in the teacher's logit space, for any two families (Hao et al. 2023)",
     "sskd": "similarities of rotated to upright images, beside the logits (Xu et al. 2020)",
     "hsakd": "auxiliary heads over classes and rotations on every stage (Yang et al. 2021)",
+    "slkd": "self-learning teachers, fresh copies of the teacher that learn beside the student (Liu et al. 2023)",
+    "rekd": "regions in place of points: Gaussians around the teacher's maps, to choose from (our reading)",
     "vsd": "variable scale distillation: rotated images at twice the size, joint labels, hierarchical heads",
 }
 
@@ -119,10 +121,10 @@ def _for_pair(spec: RunSpec) -> dict[str, Any]:
     if spec.command != "distill" or spec.student is None or spec.teacher is None:
         return {}
     method = method_class(spec.method["name"])
-    return method.for_pair(spec.method, _architecture(spec.teacher), spec.student, spec.data.dataset)
+    return method.for_pair(spec.method, architecture(spec.teacher), spec.student, spec.data.dataset)
 
 
-def _architecture(network: str) -> str:
+def architecture(network: str) -> str:
     """The registry name of a network given by name, checkpoint or run directory."""
     if not Path(network).exists():
         return _name_or_none(network)
@@ -161,7 +163,7 @@ def resolve(spec: RunSpec) -> RunSpec:
         values = validate(teacher_class.Spec, teacher_method, prefix="method")
         grown = teacher_class.teacher_backbone(values) is not None and Path(spec.teacher).exists()
         name = spec.teacher if grown else canonical(spec.teacher, field="teacher")
-        changes |= {"lr": explicit or standard_rate(train, _architecture(name)), "teacher_lr": None}
+        changes |= {"lr": explicit or standard_rate(train, architecture(name)), "teacher_lr": None}
         update |= {"teacher": name, "student": None, "student_taps": None, "assistant": ()}
         update["data"] = spec.data.model_copy(update={"ratio": 1.0})
     else:
