@@ -92,6 +92,18 @@ def share(batch: Batch) -> tuple[int, int]:
     return sum(sizes[: dist.get_rank()]), sizes[dist.get_rank()]
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], variance [C] and number of values [1] of a channel of [B,C,H,W], over all ranks and with gradients."""
+    dims = [0, 2, 3]
+    count = x.new_tensor([x.numel() // x.shape[1]])
+    if world() == 1:
+        return x.mean(dims), x.var(dims, correction=0), count
+    count = _Sum.apply(count)
+    mean = _Sum.apply(x.sum(dims)) / count
+    variance = _Sum.apply((x - mean[:, None, None]).square().sum(dims)) / count
+    return mean, variance, count  # type: ignore[return-value]
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation [B,C,H,W] over the whole batch of all ranks, for the methods' own modules.
 
@@ -100,18 +112,17 @@ class BatchNorm2d(nn.BatchNorm2d):
     has no variance: the running statistics stand in (an epoch's last batch may be a single image, with a 1x1 map).
     """
 
+    def uses_batch(self, x: Tensor) -> bool:
+        """Whether [B,C,H,W] is normalised by its own statistics, and not by those of the past."""
+        return self.training and (world() > 1 or x.numel() > x.shape[1])
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class calls it so
-        if self.training and world() == 1 and input.numel() == input.shape[1]:
+        if self.training and not self.uses_batch(input):
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self.training or world() == 1:
             return super().forward(input)
         x = exact(input)
-        dims = [0, 2, 3]
-        count = x.new_tensor([x.numel() // x.shape[1]])
-        count = _Sum.apply(count)
-        mean = _Sum.apply(x.sum(dims)) / count
-        centred = x - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dims)) / count
+        mean, variance, count = moments(x)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -121,5 +132,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
             self.num_batches_tracked.add_(1)
-        normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
-        return (normalised * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        normalised = (x - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]
+        return normalised.to(input.dtype)

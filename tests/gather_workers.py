@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kdcli import methods
 from kdcli.data.loader import Batch
 from kdcli.data.ranks import share as share_of
-from kdcli.gather import BatchNorm2d, gathered, share
+from kdcli.gather import BatchNorm2d, gathered, moments, share
 from kdcli.methods import slkd
 from kdcli.methods.base import Progress, Setting
 from kdcli.models import build
@@ -143,6 +143,8 @@ def rows(rank: int, world: int, count: int) -> dict[str, Any]:
     y = x.detach().clone().requires_grad_()
     normed = norm(y)
     (normed.pow(3).mean() * weight).backward()
+    bare = BatchNorm2d(6, affine=False).double()
+    plain = bare(x.detach())
     return {
         "rows": everyone.detach(),
         "grad": x.grad,
@@ -152,6 +154,8 @@ def rows(rank: int, world: int, count: int) -> dict[str, Any]:
         "norm_grad": y.grad,
         "parameters": averaged(norm),
         "statistics": (norm.running_mean, norm.running_var, norm.num_batches_tracked),
+        "plain": plain,
+        "moments": moments(x.detach()),
     }
 
 

@@ -112,6 +112,13 @@ class Network(nn.Module, ABC):
         """The pre-activation map `[B, C, H, W]` of stage i, given what `raw_stage` returned."""
         return self.to_map(raw)
 
+    def raw_of(self, i: int, preact: torch.Tensor) -> torch.Tensor:
+        """What `raw_stage` returned, given the map `[B, C, H, W]` that `preact` made of it: its inverse in evaluation mode.
+
+        Of a sequence with tokens besides the map (class tokens) only the map's own are there.
+        """
+        return self.from_map(preact)
+
     def preact_norm(self, i: int) -> nn.BatchNorm2d | None:
         """The BatchNorm whose output stage i's final ReLU sees (OFD reads its margins there); None if there is none."""
         return None

@@ -79,6 +79,15 @@ class WideResNet(Network):
             return F.batch_norm(raw, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
         return F.batch_norm(raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
+    def raw_of(self, i: int, preact: torch.Tensor) -> torch.Tensor:
+        norm = self.preact_norm(i)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        dead = norm.weight.abs() < 1e-12  # a channel the BatchNorm has switched off: any value gives its bias
+        scale = torch.where(dead, 0.0, (norm.running_var + norm.eps).sqrt() / norm.weight)
+        mean = norm.running_mean - norm.bias * scale
+        return preact * scale[:, None, None] + mean[:, None, None]
+
     def final(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn1(x))
 
