@@ -14,13 +14,16 @@ def exact(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float, *, scaled: bool = True) -> Tensor:
+def divergence(
+    student: Tensor, teacher: Tensor, temperature: float, *, scaled: bool = True, constant: bool = True
+) -> Tensor:
     """Hinton's distillation loss: T² · mean over rows of KL(softmax(teacher/T) ‖ softmax(student/T)), summed over K.
 
     Args:
-        student, teacher: logits [B,K]; the teacher's are constants.
+        student, teacher: logits [B,K].
         temperature: T.
         scaled: multiply by T² (Hinton et al. 2015, Section 2.1), so that gradients keep their size as T grows.
+        constant: the teacher's logits are constants; else the gradient reaches them too.
 
     Raises:
         IncompatibleError: the shapes differ (broadcasting would silently give a number).
@@ -29,7 +32,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, *, scaled: 
         raise IncompatibleError(
             f"the student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
         )
-    target = F.log_softmax(exact(teacher.detach()) / temperature, 1)
+    target = F.log_softmax(exact(teacher.detach() if constant else teacher) / temperature, 1)
     logits = F.log_softmax(exact(student) / temperature, 1)
     loss = F.kl_div(logits, target, reduction="batchmean", log_target=True)
     return loss * temperature**2 if scaled else loss

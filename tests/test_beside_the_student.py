@@ -145,8 +145,8 @@ def test_evaluation_leaves_every_module_in_its_own_mode():
     split = Split.of([0, 1, 2, 0], images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     loader = Loader(
         split,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
         image_size=8,
         batch_size=2,
         seed=0,

@@ -23,13 +23,13 @@ import itertools
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.gather import BatchNorm2d
 from kdcli.losses import cross_entropy, exact
+from kdcli.methods.adapted import adapted
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.methods.pairing import backbone, require_same_outputs
 from kdcli.models.features import Features
@@ -100,7 +100,7 @@ class OFA(Method):
         assert teacher is not None
         spec = self.spec
         terms = {
-            "ce": spec.ce_weight * cross_entropy(student.logits, batch.labels, self.setting.label_smoothing),
+            "ce": spec.ce_weight * cross_entropy(student.logits, batch.targets, self.setting.label_smoothing),
             "ofa": spec.logit_weight * self._adapted(student.logits, teacher.logits, batch.labels),
         }
         if spec.stage_weight:
@@ -111,10 +111,7 @@ class OFA(Method):
 
     def _adapted(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """O of logits [B,K]: mean over the batch."""
-        p = F.softmax(exact(teacher.detach()) / self.spec.temperature, 1)
-        log_q = F.log_softmax(exact(student) / self.spec.temperature, 1)
-        right = F.one_hot(labels, p.shape[1]).to(p)
-        return -(((p + right) ** self.spec.eps - right) * log_q).sum(1).mean()
+        return adapted(student, teacher.detach(), labels, self.spec.eps, self.spec.temperature)
 
 
 class _Separable(nn.Sequential):

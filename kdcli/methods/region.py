@@ -242,8 +242,8 @@ class Region(nn.Module):
         A decoder shrunk from the identity, or a log-variance drawn to 0, is a prior that nobody asked for.
         """
         kept = [*self.decoder.parameters(), *self.encoder.skip.parameters()]
-        if self.encoder.log_variance is not None and self.encoder.log_variance.bias is not None:
-            kept.append(self.encoder.log_variance.bias)
+        if self.encoder.log_variance is not None:
+            kept += [p for name, p in self.encoder.log_variance.named_parameters() if name == "bias"]
         return tuple(kept)
 
 

@@ -31,7 +31,6 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -171,7 +170,8 @@ class SLKD(Method):
             learning = self.spec.training == "parallel"
             logits = [exact(z.logits) for z in (student if learning else teacher).assistants]
             fused = torch.stack([share * z for share, z in zip(self.fusion, logits, strict=True)]).sum(0)
-            process = self._process(student.logits, fused)
+            t, held = self.spec.temperature, self.spec.detach
+            process = divergence(student.logits, fused, t, constant=held)  # as released, the gradient reaches f
             lessons = [divergence(z, teacher.logits, self.spec.temperature) for z in logits]
             terms |= {"process_ce": w * self.spec.process_ce * ce, "process_kd": w * self.spec.process_kd * process}
             if learning:
@@ -190,12 +190,6 @@ class SLKD(Method):
 
     def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         return cross_entropy(logits, batch.targets, self.setting.label_smoothing)
-
-    def _process(self, student: Tensor, fused: Tensor) -> Tensor:
-        """KD(f→s) from logits [B,K]; unlike in `divergence`, gradients may reach f."""
-        t = self.spec.temperature
-        target = F.log_softmax((fused.detach() if self.spec.detach else fused) / t, 1)
-        return t**2 * F.kl_div(F.log_softmax(exact(student) / t, 1), target, reduction="batchmean", log_target=True)
 
     @torch.no_grad()
     def _trajectory(

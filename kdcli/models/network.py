@@ -131,6 +131,25 @@ class Network(nn.Module, ABC):
         """`[B, C, H, W]` to the native tensor of a truncated network."""
         return x
 
+    @property
+    def prefix_tokens(self) -> torch.Tensor | None:
+        """`[P, C]`, what a sequence in front of the first stage holds before its patches (class tokens, their positions
+        included); None for a network without any. Parameters are in its graph."""
+        return None
+
+    def positions(self, side: int) -> torch.Tensor | None:
+        """`[C, side, side]`, what is added to the patches for their position; None if nothing is."""
+        return None
+
+    def normed(self, last: torch.Tensor) -> torch.Tensor:
+        """The last stage's map `[B, C, H, W]` behind the normalisation of its positions, where the tail begins with one."""
+        return last
+
+    @property
+    def pools_tokens(self) -> bool:
+        """Whether the pooled vector comes from the prefix tokens, and is no mean over the patches."""
+        return False
+
     def stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """F_i from F_{i-1}, both native; i in 1..L."""
         return self.close(i, self.raw_stage(i, x))

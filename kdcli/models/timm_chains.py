@@ -114,6 +114,33 @@ class TimmViT(Chain):
     def from_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).transpose(1, 2)
 
+    @property
+    def prefix_tokens(self) -> torch.Tensor | None:
+        count = self._vit.num_prefix_tokens
+        return self._embedded(self._vit.patch_embed.grid_size[0])[:count] if count else None
+
+    def positions(self, side: int) -> torch.Tensor | None:
+        if self._vit.pos_embed is None:
+            return None
+        return square(self._embedded(side)[None, self._vit.num_prefix_tokens :])[0]
+
+    def _embedded(self, side: int) -> torch.Tensor:
+        """`[P + side², C]`: what the network adds to a sequence of patches, and puts in front of it."""
+        net = self._vit
+        blank = self.classifier_weight.new_zeros((1, side, side, net.embed_dim))
+        return net._pos_embed(blank if net.dynamic_img_size else blank.flatten(1, 2))[0]
+
+    def normed(self, last: torch.Tensor) -> torch.Tensor:
+        return square(self._vit.norm(self.from_map(last)))
+
+    @property
+    def pools_tokens(self) -> bool:
+        return isinstance(self._vit, VisionTransformerDistilled) or self._vit.global_pool not in (
+            "avg",
+            "avgmax",
+            "max",
+        )
+
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         net = self._vit
         x = net.norm(x)
@@ -149,6 +176,9 @@ class TimmSwin(Chain):
 
     def from_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1)
+
+    def normed(self, last: torch.Tensor) -> torch.Tensor:
+        return self.to_map(cast(SwinTransformer, self.net).norm(self.from_map(last)))
 
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         net = cast(SwinTransformer, self.net)
@@ -200,6 +230,9 @@ class TimmMixer(Chain):
 
     def from_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).transpose(1, 2)
+
+    def normed(self, last: torch.Tensor) -> torch.Tensor:
+        return square(cast(MlpMixer, self.net).norm(self.from_map(last)))
 
     def tail(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         net = cast(MlpMixer, self.net)
