@@ -9,6 +9,7 @@ import torch
 from kdcli import data, methods
 from kdcli.data.dataset import DataSet, Split
 from kdcli.data.loader import Loader
+from kdcli.data.mixing import Mixing
 from kdcli.data.randomness import generator, mix
 from kdcli.engine import distributed
 from kdcli.engine.device import Device
@@ -54,7 +55,7 @@ def make_network(spec: RunSpec, role: str, method: type[Method], values: Any, da
         name,
         outputs,
         dataset.image_size,
-        pretrained=spec.pretrained,
+        pretrained=spec.pretrained or (role == "teacher" and spec.teacher_pretrained),
         taps=taps,
         fixed_stride=method.fixed_stride or values.teacher_scale > 1,
     )
@@ -103,6 +104,8 @@ def _augment(spec: RunSpec, dataset: DataSet) -> str:
 def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *, train: bool) -> Loader:
     """The loader of a split; this rank's share of it. For training with the extra views that the method asks for."""
     method, values = methods.settings(spec)
+    wanted = spec.data
+    mixing = Mixing(wanted.mixup, wanted.cutmix, wanted.mix_prob, wanted.mix_switch) if wanted.mixes else None
     return Loader(
         split,
         mean=dataset.mean,
@@ -118,6 +121,11 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         rank=distributed.rank(),
         world=distributed.world(),
         extra=method.augmentations(values) if train else (),
+        rand_augment=wanted.rand_augment,
+        color_jitter=wanted.color_jitter,
+        erasing=wanted.erasing,
+        mixing=mixing,
+        classes=len(dataset.classes),
     )
 
 

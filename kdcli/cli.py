@@ -29,8 +29,10 @@ app = typer.Typer(
 )
 
 _PROBE = [leaf for leaf, path in field_paths().items() if path.startswith("probe.")]
-_STUDENT_ONLY = ["student", "student_taps", "teacher_lr", "ratio", "baseline"]
-_NETWORKS = ["method", "teacher", "student", "teacher_taps", "student_taps", "pretrained", "teacher_lr"]
+_STUDENT_ONLY = ["student", "student_taps", "teacher_lr", "teacher_pretrained", "ratio", "baseline"]
+_NETWORKS = [
+    *("method", "teacher", "student", "teacher_taps", "student_taps", "pretrained", "teacher_pretrained", "teacher_lr"),
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only errors.")]

@@ -68,7 +68,7 @@ class ProbeStep(Step):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
         logits = self.trained(batch.images)
-        loss = cross_entropy(logits, batch.labels, self.smoothing)
+        loss = cross_entropy(logits, batch.targets, self.smoothing)
         correct = (logits.detach().argmax(1) == batch.labels).sum()
         return StepOutput(loss, {"ce": loss.detach()}, {}, correct)
 
@@ -146,7 +146,7 @@ def _cached(
     flipped, _ = _features(spec, module, dataset, dataset.train, device, stop, flip=True)
     test, answers = _features(spec, module, dataset, dataset.test, device, stop)
     recipe = spec.train
-    optimizer = optim.optimizer(recipe, module.linear.parameters(), device.cuda)
+    optimizer = optim.optimizer(recipe, module.linear, device.cuda)
     steps = -(-len(labels) // recipe.batch_size)
     story.begin(f"probe on {dataset.name}", recipe.epochs * steps)
     best: dict[str, Any] | None = None

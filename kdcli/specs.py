@@ -24,6 +24,17 @@ Command = Literal["pretrain-teacher", "distill", "linear-probe"]
 Augment = Literal["auto", "crop", "flip", "none", "resized-crop", "rotation"]
 
 
+# Magnitude, number of operations, probability of each, spread and bound of the magnitude, rising magnitudes, their set.
+_POLICY = re.compile(
+    r"rand(-(m\d{1,2}|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d?|inc[01]|t(weights|3a|3aw)))*"
+)
+
+
+def _keys(policy: str) -> list[str]:
+    """The parts that a policy sets, without their values."""
+    return [re.match(r"t|[a-z]+", part)[0] for part in policy.split("-")[1:]]  # type: ignore[index]
+
+
 def _aside(default: Any, **constraints: Any) -> Any:
     """A field that is no part of a run's identity (left out of the spec digest)."""
     return Field(default, json_schema_extra={"identity": False}, **constraints)
@@ -51,6 +62,21 @@ class DataSpec(Section):
     augment: Augment = "auto"
     """Training augmentation: crop (zero-pad, random crop, flip), flip, resized-crop, rotation (20 degrees, flip), none;
     auto is crop up to 96 pixels and resized-crop above."""
+    rand_augment: str | None = None
+    """RandAugment behind it, as timm's policy string, for example rand-m9-mstd0.5-inc1."""
+    color_jitter: float = Field(default=0.0, ge=0)
+    """Random brightness, contrast and saturation, each by a factor within 1 ± this; as in timm not where RandAugment
+    changes the colours already (unless its set of operations is 3a)."""
+    erasing: float = Field(default=0.0, ge=0, le=1)
+    """Probability of erasing a rectangle of an image, filled with noise after normalisation (timm's mode pixel)."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Blend pairs of images of a batch and their labels, the share drawn from Beta(a, a) with this a; 0 is off."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Paste a box of one image of a pair into the other, its area drawn from Beta(a, a) with this a; 0 is off."""
+    mix_prob: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a batch is mixed, where mixup or cutmix is on."""
+    mix_switch: float = Field(default=0.5, ge=0, le=1)
+    """Probability of cutmix where mixup and cutmix are both on."""
     train_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the training images used, stratified by class; the teacher sees the same share."""
     ratio: float = Field(default=1.0, gt=0, le=1)
@@ -66,6 +92,18 @@ class DataSpec(Section):
     @classmethod
     def _known_dataset(cls, value: str) -> str:
         return canonical_dataset(value)
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _known_policy(cls, value: str | None) -> str | None:
+        if value is None or (_POLICY.fullmatch(value) and len(_keys(value)) == len(set(_keys(value)))):
+            return value
+        raise ValueError(f"{value!r} is no RandAugment policy of timm, for example rand-m9-mstd0.5-inc1")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, so that targets are shares of the classes."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 class TrainSpec(Section):
@@ -94,7 +132,9 @@ class TrainSpec(Section):
     nesterov: bool | None = None
     """Nesterov momentum; default: what the method's literature used."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """Weight decay, on every trainable parameter."""
+    """Weight decay, on the parameters that `decay` names."""
+    decay: Literal["all", "weights"] = "all"
+    """What weight decay is on: all parameters, or only weights (as timm does): no biases, norms, tokens or positions."""
     schedule: Literal["step", "cosine", "onecycle", "constant"] = "step"
     """Learning-rate schedule: step (by epoch), cosine or onecycle (by step), constant."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -104,7 +144,9 @@ class TrainSpec(Section):
     min_lr: float = Field(default=0.0, ge=0)
     """Where the cosine and onecycle schedules end."""
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Linear warm-up from 0 to the learning rate, in epochs (for onecycle: the length of the rise)."""
+    """Linear warm-up to the learning rate, in epochs (for onecycle: the length of the rise)."""
+    warmup_lr: float = Field(default=0.0, ge=0)
+    """Where the warm-up starts."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy to the labels."""
     clip_grad: float | None = Field(default=None, gt=0)
@@ -195,6 +237,8 @@ class RunSpec(Section):
     """Also train the student alone, with the same recipe and seed, and print both."""
     pretrained: bool = False
     """Start timm: and torchvision: networks from the library's weights (needs a network the first time)."""
+    teacher_pretrained: bool = False
+    """Start only the teacher from the library's weights; the student starts afresh."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the initial weights, the order of the images and their augmentation."""
     data: DataSpec = DataSpec()

@@ -53,7 +53,8 @@ class About(Section):
 
 
 class Entry(Section):
-    """One method of a sweep. Every other key of its table is a setting of the method."""
+    """One method of a sweep. Every other key of its table is a setting of the method; those under `settings` are too, for
+    settings that are named like one of these."""
 
     name: str
     """The method's name."""
@@ -190,8 +191,11 @@ def _entry(given: Any) -> Any:
         return {"name": given}
     if not isinstance(given, dict):
         raise UsageError(f"is a name or a table, not {given!r}"[:100], field="sweep.methods")
-    own = {key: value for key, value in given.items() if key in Entry.model_fields and key != "settings"}
-    return {**own, "settings": {key: value for key, value in given.items() if key not in own}}
+    own = {key: value for key, value in given.items() if key in Entry.model_fields}
+    nested = own.pop("settings", {})
+    if not isinstance(nested, dict):
+        raise UsageError(f"is a table of settings, not {nested!r}"[:100], field="sweep.methods.settings")
+    return {**own, "settings": nested | {key: value for key, value in given.items() if key not in Entry.model_fields}}
 
 
 def _spelled(pairs: Iterable[Pair]) -> tuple[Pair, ...]:

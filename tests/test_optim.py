@@ -1,4 +1,4 @@
-"""Learning rates as the literature's recipes set them, and optimisers that decay every weight."""
+"""Learning rates as the literature's recipes set them, and optimisers that decay every weight or only maps."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_weight_decay_is_on_every_parameter(name: str) -> None:
     network = Mixed()
     nn.init.ones_(network.norm.bias)
     train = spec(optimizer=name, weight_decay=0.01)
-    made = optimizer(train, network.parameters(), cuda=False)
+    made = optimizer(train, network, cuda=False)
     assert len(made.param_groups) == 1
     assert {id(p) for p in made.param_groups[0]["params"]} == {id(p) for p in network.parameters()}
     before = {key: p.detach().clone() for key, p in network.named_parameters()}
@@ -128,7 +128,7 @@ def test_momentum_and_nesterov_are_the_specs(nesterov: bool) -> None:
     """Two steps on a known gradient, computed by hand."""
     weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     train = spec(momentum=0.9, nesterov=nesterov, weight_decay=0.0, lr=0.1)
-    made = optimizer(train, [weight], cuda=False)
+    made = optimizer(train, nn.ParameterList([weight]), cuda=False)
     expected, velocity = 1.0, 0.0
     for gradient in (1.0, -0.5):
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
@@ -140,5 +140,103 @@ def test_momentum_and_nesterov_are_the_specs(nesterov: bool) -> None:
 
 def test_nesterov_without_momentum_is_plain_sgd() -> None:
     """torch refuses that pair; a method's default must not make `--momentum 0` fail."""
-    made = optimizer(spec(nesterov=True, momentum=0.0), [nn.Parameter(torch.ones(1))], cuda=False)
+    made = optimizer(spec(nesterov=True, momentum=0.0), nn.Linear(1, 1), cuda=False)
     assert made.param_groups[0]["nesterov"] is False
+
+
+class Tokens(nn.Module):
+    """What a network of tokens has besides maps: a class token, a table of positions, a linear map with its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.ones(1, 5, 4))
+        self.map = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_decay_on_weights_spares_biases_norms_tokens_and_positions(name: str) -> None:
+    """With a zero gradient only filters and matrices shrink; frozen parameters are in no group."""
+    network = nn.ModuleDict({"conv": Mixed(), "tokens": Tokens()})
+    made = optimizer(spec(optimizer=name, weight_decay=0.01, decay="weights"), network, cuda=False)
+    before = {key: p.detach().clone() for key, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    made.step()
+    shrunk = {key for key, p in network.named_parameters() if not torch.equal(p, before[key])}
+    assert shrunk == {"conv.conv.weight", "tokens.map.weight"}
+    assert [group["weight_decay"] for group in made.param_groups] == [0.01, 0.0]
+    held = [p for group in made.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in network.parameters() if p.requires_grad}
+    assert len(held) == len({id(p) for p in held})
+
+
+def test_decay_on_weights_spares_what_timm_spares() -> None:
+    """On a ViT, a Swin and a ConvNeXt as the product builds them: timm's own rule for its own network, by value."""
+    import timm
+    from timm.optim import param_groups_weight_decay
+
+    from kdcli.models import build
+
+    for short in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"):
+        theirs = timm.create_model(short, num_classes=10)
+        named = theirs.no_weight_decay() if hasattr(theirs, "no_weight_decay") else ()
+        groups = param_groups_weight_decay(theirs, 0.05, no_weight_decay_list=tuple(named))
+        expected = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in groups}
+        ours = build(f"timm:{short}", 10, 224)
+        made = optimizer(spec(decay="weights", weight_decay=0.05), ours, cuda=False)
+        assert {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in made.param_groups} == expected, short
+
+
+def test_a_methods_undecayed_parameters_are_spared_whatever_the_recipe_says() -> None:
+    """One of two parameters is named: it makes a group of its own, the other keeps the decay."""
+    network = nn.Linear(2, 2)
+    made = optimizer(spec(weight_decay=0.01), network, cuda=False, undecayed=[network.weight])
+    assert [(g["weight_decay"], g["params"][0] is network.weight) for g in made.param_groups] == [
+        (0.01, False),
+        (0, True),
+    ]
+    everything = optimizer(spec(weight_decay=0.01), network, cuda=False, undecayed=network.parameters())
+    assert [group["weight_decay"] for group in everything.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_two_groups_go_on_from_a_saved_state_bit_for_bit(name: str) -> None:
+    """Three steps, and three of which the last is taken by another optimiser with the saved state."""
+    from kdcli.engine.state import pack, unpack
+
+    train = spec(optimizer=name, weight_decay=0.01, decay="weights")
+    images = torch.randn(3, 5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def made() -> tuple[Mixed, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        network = Mixed()
+        return network, optimizer(train, network, cuda=False)
+
+    def step(network: Mixed, optimiser: torch.optim.Optimizer, number: int) -> None:
+        optimiser.zero_grad()
+        (network.norm(network.conv(images[number])) * network.scale).square().mean().backward()
+        optimiser.step()
+
+    whole, first = made()
+    for number in range(3):
+        step(whole, first, number)
+    broken, second = made()
+    for number in range(2):
+        step(broken, second, number)
+    saved = {key: value.clone() for key, value in pack(broken, second, None, {}).items()}
+    resumed, third = made()
+    unpack(saved, 2, resumed, third, None, torch.device("cpu"))
+    step(resumed, third, 2)
+    for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_warm_up_starts_where_it_is_told(schedule: str) -> None:
+    """From 5e-7 in equal steps; the step after the last of the warm-up is at the peak."""
+    train = spec(schedule=schedule, epochs=20, warmup_epochs=2, warmup_lr=5e-7)
+    rates = [rate(train, step, 10) for step in range(21)]
+    rise = (0.05 - 5e-7) / 21
+    assert rates == pytest.approx([5e-7 + rise * (step + 1) for step in range(21)], rel=1e-12)

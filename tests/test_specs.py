@@ -209,6 +209,10 @@ OTHER = {
     "data.train_fraction": 0.5,
     "data.ratio": 0.5,
     "data.val_fraction": 0.1,
+    "data.rand_augment": "rand-m9-mstd0.5-inc1",
+    "data.erasing": 0.25,
+    "data.mix_prob": 0.5,
+    "data.mix_switch": 0.25,
     "train.momentum": 0.5,
     "train.gamma": 0.5,
     "train.label_smoothing": 0.1,
@@ -393,6 +397,7 @@ VARIANTS = [
     {"train_fraction": 0.5, "val_fraction": 0.1},
     {"label_smoothing": 0.1, "schedule": "cosine"},
     {"pretrained": True, "precision": "bf16"},
+    {"rand_augment": "rand-m9", "erasing": 0.25, "decay": "weights", "warmup_lr": 1e-6},
 ]
 
 
@@ -470,6 +475,125 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     made = resolved(name, *(typed["preset"] or []), sets=tuple(typed["set_"] or []), **values)
     assert made.identity() == wanted.identity()
     assert made.system.runs_dir == wanted.system.runs_dir
+
+
+def test_a_pretrained_teacher_of_a_fresh_student_is_the_pretrained_one() -> None:
+    """`distill --teacher-pretrained` looks for `pretrain-teacher --pretrained`, and `--pretrained` for the same."""
+    pair = {"method": "kd", "teacher": "torchvision:resnet50", "student": "resnet8"}
+    trained = resolved("pretrain-teacher", method="kd", teacher="torchvision:resnet50", pretrained=True).identity()
+    for flags in ({"teacher_pretrained": True}, {"pretrained": True}, {"teacher_pretrained": True, "pretrained": True}):
+        assert teachers.spec_for(resolved("distill", **pair, **flags)).identity() == trained
+    assert teachers.spec_for(resolved("distill", **pair)).identity() != trained
+    assert not resolved("distill", **pair, teacher_pretrained=True).pretrained
+
+
+# -------------------------------------------------------------------------------------------- mixing, RandAugment, OFA
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand",
+        "rand-m9-n3-mstd0.5",
+        "rand-mstd1-tweights",
+        "rand-m15-mmax30-p0.25-inc1",
+        "rand-t3aw",
+    ],
+)
+def test_policies_are_those_that_timm_reads(policy: str) -> None:
+    """The spec takes it, and so does timm, with the magnitude, number and probability that it names."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    assert resolved("distill", student="resnet8", rand_augment=policy).data.rand_augment == policy
+    made = rand_augment_transform(policy, {"img_mean": (0, 0, 0)})
+    assert made.num_layers == (3 if "n3" in policy else 2)
+    assert made.ops[0].prob == (0.25 if "p0.25" in policy else 0.5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "",
+        "m9",
+        "augmix-m3",
+        "rand-",
+        "rand-m",
+        "rand-q9",
+        "rand-m9-m3",
+        "rand-p2",
+        "rand-n0",
+        "rand-tfoo",
+        "Rand-m9",
+        "rand-m9\n",
+    ],
+)
+def test_other_policies_are_refused(policy: str) -> None:
+    """Before anything is loaded, by the name of the setting (timm would ignore some of them, or stop at an assertion)."""
+    with pytest.raises(UsageError, match="RandAugment") as told:
+        resolved("distill", student="resnet8", rand_augment=policy)
+    assert told.value.field == "data.rand_augment"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [("mixup", -0.1), ("cutmix", -1), ("mix_prob", 1.5), ("mix_switch", -0.5), ("erasing", 1.1), ("color_jitter", -1)],
+)
+def test_shares_and_probabilities_are_checked(leaf: str, value: float) -> None:
+    """Out of range: told by the dotted name."""
+    with pytest.raises(UsageError) as told:
+        resolved("distill", student="resnet8", **{leaf: value})
+    assert told.value.field == f"data.{leaf}"
+
+
+@pytest.mark.parametrize("name", ["crd", "sskd", "vsd", "hsakd"])
+@pytest.mark.parametrize(
+    ("flags", "field"), [({"mixup": 0.8, "cutmix": 1.0}, "--mixup"), ({"cutmix": 1.0}, "--cutmix")]
+)
+def test_methods_that_cannot_use_mixed_images_refuse_them(name: str, flags: dict[str, float], field: str) -> None:
+    """Exit code 2 when the spec is resolved, for the student and for a teacher with joint labels or heads of its own."""
+    pair = {"method": name, "teacher": "wrn40_2", "student": "wrn16_2"}
+    with pytest.raises(UsageError, match="mixed images") as told:
+        resolved("distill", **pair, **flags)
+    assert (told.value.field, told.value.code) == (field, 2)
+    resolved("distill", **pair, **flags, mix_prob=0.0)  # nothing is mixed
+    if name == "crd":  # its teacher is a plain one
+        resolved("pretrain-teacher", method=name, teacher="wrn40_2", **flags)
+    else:
+        with pytest.raises(UsageError, match="mixed images"):
+            resolved("pretrain-teacher", method=name, teacher="wrn40_2", **flags)
+
+
+OFA = [("ofa-cnn", 224), ("ofa-token", 224), ("ofa-cnn-32", None), ("ofa-token-32", None)]
+
+
+@pytest.mark.parametrize(("name", "size"), [*OFA, ("ofa-imagenet-cnn", 224), ("ofa-imagenet-token", 224)])
+def test_the_recipes_of_ofa(name: str, size: int | None) -> None:
+    """Data set, size and crops; light students have no other rate; mixing and AdamW for tokens only."""
+    spec = resolved(
+        "distill", f"recipes/{name}", method="ofa", teacher="timm:vit_tiny_patch16_224", student="mobilenetv2"
+    )
+    data, train = spec.data, spec.train
+    assert data.dataset == ("imagenet" if "imagenet" in name else "cifar100")
+    assert (data.image_size, data.augment) == ((224, "resized-crop") if size else (None, "auto"))
+    token = "token" in name
+    assert data.mixes is token
+    assert (data.rand_augment, data.mixup, data.cutmix) == (
+        ("rand-m9-mstd0.5-inc1", 0.8, 1.0) if token else (None, 0, 0)
+    )
+    assert (train.optimizer, train.lr) == (("adamw", 5e-4) if token else ("sgd", 0.1 if "imagenet" in name else 0.05))
+    assert train.batch_size // train.accumulate == (64 if name == "ofa-imagenet-cnn" else 128)
+    assert train.ema == (0.99996 if name == "ofa-imagenet-token" else None)
+    assert (train.decay, train.label_smoothing) == ("weights", 0.1)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "token"])
+def test_the_recipe_at_32_is_that_at_224_but_for_the_data(kind: str) -> None:
+    """Only data set, size and crop are left to the data set."""
+    large, small = (presets.read(f"recipes/ofa-{kind}{end}") for end in ("", "-32"))
+    assert large["train"] == small["train"]
+    left = {key: value for key, value in large["data"].items() if key not in ("dataset", "image_size", "augment")}
+    assert left == small.get("data", {})
 
 
 # --------------------------------------------------------------------------------------------------------- round trip

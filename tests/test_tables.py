@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from harness import environment
 
-from kdcli import cli, methods, presets, sweep, sweepfile, teachers
+from kdcli import cli, methods, presets, sweepfile, teachers
 from kdcli.errors import UsageError
 from kdcli.flags import Request, parse_tuple
 from kdcli.specs import RunSpec, field_paths
@@ -110,6 +110,18 @@ PRINTED = {
         ("SLKD*", "resnet50→mobilenetv2"): 68.29,
         ("SLKD*", "resnet32x4→shufflenetv2"): 76.12,
     },
+    "tables/tas-cifar100-cnn": {
+        ("Student", "timm:vit_small_patch16_224→timm:mobilenetv2_100"): 73.68,
+        ("FitNet", "timm:vit_small_patch16_224→timm:resnet18"): 77.71,
+        ("CRD", "timm:vit_small_patch16_224→timm:mobilenetv2_100"): 78.14,
+        ("FBT (TAS)", "timm:swin_tiny_patch4_window7_224→timm:resnet18"): 81.61,
+    },
+    "tables/tas-cifar100-token": {
+        ("CRD", "timm:convnext_tiny→timm:resmlp_12_224"): 63.35,
+        ("FBT (TAS)", "timm:convnext_tiny→timm:deit_tiny_patch16_224"): 79.57,
+    },
+    "tables/tas-imagenet-cnn": {("FBT (TAS)", "timm:swin_tiny_patch4_window7_224→timm:mobilenetv2_100"): 72.54},
+    "tables/tas-imagenet-token": {("OFA", "timm:resnet50→timm:swin_nano_patch4_window7_224"): 77.76},
 }
 FAMILIES = {"CRD", "SSKD", "HSAKD joint", "own", "none", "unknown"}
 
@@ -131,9 +143,12 @@ def write(path: Path, text: str) -> str:
 
 
 def test_all_tables_are_there() -> None:
-    """VSD's five tables and the figure, SLKD's nine, and one for the later methods."""
+    """VSD's five tables and the figure, SLKD's nine, TAS's by the students' recipes, and one for the later methods."""
     papers = {f"tables/vsd-{n}" for n in (1, 2, 3, 4, 5, "fig4")} | {f"tables/slkd-{n}" for n in range(1, 10)}
-    assert set(TABLES) == papers | {"tables/later"}
+    tas = {
+        f"tables/tas-{part}-{family}" for part in ("cifar100", "imagenet", "ablation") for family in ("cnn", "token")
+    }
+    assert set(TABLES) == papers | tas | {"tables/tas-ablation-imagenet", "tables/later"}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -240,6 +255,59 @@ def test_slkd_has_the_hyper_parameters_of_its_paper() -> None:
             decays = tuple(round(share * train.epochs) for share in train.milestones)
             found = (train.epochs, train.batch_size, train.lr, train.weight_decay, decays)
             assert (*found, ours["ce_share"], ours["temperature"]) == expected, name
+
+
+def test_tas_loses_a_part_in_each_row_of_its_ablation() -> None:
+    """Rows A to G by the setting that differs from the whole method; C collapses on CIFAR-100 and hardly on ImageNet."""
+    for name, without_tf in (("cnn", 25.57), ("token", 50.46), ("imagenet", 71.34)):
+        runs = [run for run in expand(f"tables/tas-ablation-{name}") if run.spec is not None and run.stage == "student"]
+        by_label = {cell.label: run.spec.method for run in runs for cell in run.cells if run.spec is not None}
+        whole = by_label["full"]
+        found = {
+            label[0]: {key: value for key, value in method.items() if value != whole[key]}
+            for label, method in by_label.items()
+            if label not in ("KD", "full")
+        }
+        assert found == {
+            "A": {"assistant": "conv"},
+            "B": {"assistant": "conv+attention"},
+            "C": {"pairs": ["ts", "fs"]},
+            "D": {"pairs": ["ts", "tf"]},
+            "E": {"pairs": ["tf", "fs"]},
+            "F": {"feature_loss": "none"},
+            "G": {"logit_loss": "none"},
+        }
+        values = {cell.label: cell.published[0].value for run in runs for cell in run.cells if cell.published}
+        assert values["C: without teacher to assistant"] == without_tf
+        assert not {"D: without assistant to student", "E: without teacher to student"} & set(values)
+
+
+@pytest.mark.parametrize(
+    ("table", "recipe"),
+    [
+        ("cifar100-cnn", "cnn"),
+        ("cifar100-token", "token"),
+        ("imagenet-cnn", "imagenet-cnn"),
+        ("imagenet-token", "imagenet-token"),
+        ("ablation-cnn", "cnn"),
+        ("ablation-token", "token"),
+        ("ablation-imagenet", "imagenet-cnn"),
+    ],
+)
+def test_tas_is_trained_by_ofas_recipe(table: str, recipe: str) -> None:
+    """What each table writes out is the recipe of its students, and only the teachers start from the library's weights."""
+    common = sweepfile.load(f"tables/tas-{table}").common
+    assert common == presets.read(f"recipes/ofa-{recipe}") | {"teacher_pretrained": True}
+
+
+def test_settings_named_like_an_entrys_own_stand_apart(tmp_path: Path) -> None:
+    """`pairs` of an entry are networks; TAS's setting of that name is given under `settings`."""
+    text = "[sweep]\nmethods = [{name='tas', settings={pairs=['ts']}, pairs=[['resnet20', 'resnet8']], gamma=2}]\n"
+    (entry,) = sweepfile.load(write(tmp_path / "s.toml", text)).axes.methods
+    assert entry.settings == {"pairs": ["ts"], "gamma": 2}
+    assert entry.pairs == (("resnet20", "resnet8"),)
+    with pytest.raises(UsageError, match="a table of settings"):
+        sweepfile.load(write(tmp_path / "s.toml", "[sweep]\nmethods = [{name='tas', settings=3}]\n"))
 
 
 def test_tables_without_numbers_have_none() -> None:

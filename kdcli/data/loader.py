@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from kdcli.data.dataset import Split
+from kdcli.data.erasing import Erasing, erase
+from kdcli.data.mixing import Draw, Mixing, mixed_images, mixed_labels
 from kdcli.data.randomness import generator
 from kdcli.data.ranks import share
+from kdcli.data.recolour import further
 from kdcli.data.resident import Resident, draw, draw_crop
 from kdcli.data.stream import Samples, Stream
 from kdcli.data.transforms import transform
@@ -56,7 +59,8 @@ class Batch:
 class Loader:
     """Batches of a split, epoch by epoch.
 
-    Resident images under `crop`, `flip` or `none` stay on the device; everything else streams, sample by sample.
+    Resident images under `crop`, `flip` or `none` stay on the device; everything else streams, sample by sample. The
+    order is timm's: augmentation, RandAugment or colours, normalisation, erasing, mixing.
 
     Args:
         split: the samples.
@@ -74,6 +78,10 @@ class Loader:
         extra: further views of each image in a batch, in training only. `crop`: the same flip and another crop (where
             the augmentation crops nothing, the same image); `strong`: RandAugment and a cut-out on a crop and flip of
             its own, always streamed. `Batch.images` do not depend on it.
+        rand_augment, color_jitter, erasing: as in `DataSpec`; the first two make images stream. Further crops have them
+            too, with draws of their own, strong views do not.
+        mixing: how batches are mixed, all views of one alike, each rank's images among themselves; None for not at all.
+        classes: K, for the targets of mixed images.
 
     Raises:
         UsageError: no samples, a batch size below 1, or an unknown augmentation or further view.
@@ -97,6 +105,11 @@ class Loader:
         world: int = 1,
         channels_last: bool = True,
         extra: tuple[str, ...] = (),
+        rand_augment: str | None = None,
+        color_jitter: float = 0.0,
+        erasing: float = 0.0,
+        mixing: Mixing | None = None,
+        classes: int = 0,
     ) -> None:
         if len(split) == 0:
             raise UsageError("there are no samples, so an epoch would have no step", field="data")
@@ -118,9 +131,12 @@ class Loader:
         self.scale = (1 / (255 * deviation)).float()
         self.shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float()
         self.extra = extra if train else ()
+        self.erasing = Erasing(erasing) if train and erasing > 0 else None
+        self.mixing, self.classes = mixing if train else None, classes
+        behind = further(rand_augment, color_jitter, image_size, mean) if train else None
         self._resident: Resident | None = None
         self._stream: Stream | None = None
-        if split.images is not None and self.augment in ("crop", "flip", "none"):
+        if split.images is not None and self.augment in ("crop", "flip", "none") and behind is None:
             padding = split.images.shape[-1] // 8 if self.augment == "crop" else 0
             self._resident = Resident(
                 split.images, padding=padding, device=self.device, scale=self.scale, shift=self.shift
@@ -134,6 +150,7 @@ class Loader:
                 function,
                 seed,
                 random=self.augment != "none",
+                further=behind,
                 extra=self._streamed_extra,
                 base=self._resident is None,
             )
@@ -164,8 +181,10 @@ class Loader:
         shares = [(low, high, weight) for low, high, weight in shares if low < high]
         labels, index = self._aligned(order)
         views = self._from_device(epoch, order, shares) if self._resident else self._streamed(epoch, order, shares)
+        views = self._erased(epoch, order, shares, views)
         for (low, high, weight), (images, *extra) in zip(shares, views, strict=True):
-            yield Batch(images, labels[low:high], index[low:high], weight, tuple(extra))
+            batch = Batch(images, labels[low:high], index[low:high], weight, tuple(extra))
+            yield batch if self.mixing is None else self._mixed(batch, epoch, low // self.batch_size)
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -207,6 +226,34 @@ class Loader:
         for raw in stream.batches([(epoch, positions[low:high]) for low, high, _ in shares]):
             views = [raw] if raw.dim() == 4 else list(raw.unbind(1))
             yield [torch.addcmul(self.shift, self._laid_out(view.to(self.device)), self.scale) for view in views]
+
+    def _erased(
+        self, epoch: int, order: Tensor, shares: list[Share], views: Iterator[list[Tensor]]
+    ) -> Iterator[list[Tensor]]:
+        """The views of each share with rectangles of noise, where the loader erases."""
+        if self.erasing is None:
+            yield from views
+            return
+        kinds = ("first", *self.extra)
+        boxes = [
+            self.erasing.draw(len(self.split), self.image_size, self.seed, epoch, "erasing", number)[order].tolist()
+            for number in range(len(kinds))
+        ]
+        ids = self.split.ids[order].tolist()
+        for (low, high, _), made in zip(shares, views, strict=True):
+            for number, kind in enumerate(kinds):
+                if kind != "strong":
+                    where = [(self.seed, epoch, i, "noise", number) for i in ids[low:high]]
+                    erase(made[number], boxes[number][low:high], where)
+            yield made
+
+    def _mixed(self, batch: Batch, epoch: int, step: int) -> Batch:
+        """The batch with its images mixed in pairs, every view alike."""
+        assert self.mixing is not None
+        drawn: Draw = self.mixing.draw(self.image_size, self.image_size, self.seed, epoch, step, "mixing")
+        labels, soft = mixed_labels(batch.labels, self.classes, drawn)
+        first, *extra = (self._laid_out(mixed_images(x, drawn)) for x in (batch.images, *batch.extra))
+        return Batch(first, labels, batch.index, batch.weight, tuple(extra), soft)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.memory_format)

@@ -30,6 +30,8 @@ class Samples:
     Args:
         function: what turns an image into the view that every method sees.
         random: whether it draws anything.
+        further: what follows it, with other draws in each view; a strong view, which has operations of its own, goes
+            without it.
         extra: further views of each image, `crop` or `strong` (see `Loader`).
         base: whether the batches hold the first view too, in front of the extra ones.
 
@@ -44,6 +46,7 @@ class Samples:
         seed: int,
         random: bool,
         *,
+        further: Transform | None = None,
         extra: tuple[str, ...] = (),
         base: bool = True,
     ) -> None:
@@ -53,7 +56,7 @@ class Samples:
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.ids = split.ids.numpy()
         self.function, self.seed, self.random = function, seed, random
-        self.extra, self.base = extra, base
+        self.further, self.extra, self.base = further, extra, base
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,21 +73,25 @@ class Samples:
             image = read_tensor(os.fsdecode(self.names[self.ends[position] : self.ends[position + 1]].tobytes()))
         where = (self.seed, epoch, int(self.ids[position]))
         if not self.extra:
-            return seeded(self.function, image, *where, "augment") if self.random else self.function(image)
+            image = seeded(self.function, image, *where, "augment") if self.random else self.function(image)
+            return self._further(image, *where, "further")
         views, first, flip = [], image, False
         if self.base:  # beside resident images only strong views are wanted, which need nothing of the first
             first, flip = self._first(image, where)
-            views.append(first)
+            views.append(self._further(first, *where, "further"))
         for number, kind in enumerate(self.extra):
             purpose = (*where, kind, number)
             if kind == "strong":
                 views.append(seeded(Strong(self.function), image, *purpose))
             elif isinstance(self.function, Flipped):
                 crop = seeded(self.function.geometric, image, *purpose)
-                views.append(crop.flip(-1) if flip else crop)
-            else:  # nothing random to draw anew
-                views.append(first)
+                views.append(self._further(crop.flip(-1) if flip else crop, *purpose, "further"))
+            else:  # no crop to draw anew
+                views.append(self._further(first, *purpose, "further"))
         return torch.stack(views)
+
+    def _further(self, image: Tensor, *purpose: int | str) -> Tensor:
+        return image if self.further is None else seeded(self.further, image, *purpose)
 
     def _first(self, image: Tensor, where: tuple[int, int, int]) -> tuple[Tensor, bool]:
         """The view that every method sees, and whether it is flipped."""

@@ -112,7 +112,7 @@ class _Training:
         self.job, self.spec, self.recipe = job, job.run.spec, job.recipe
         recipe, device = job.recipe, job.device
         self.module = device.place(job.step)
-        self.optimizer = optim.optimizer(recipe, (p for p in self.module.parameters() if p.requires_grad), device.cuda)
+        self.optimizer = optim.optimizer(recipe, self.module, device.cuda, job.step.undecayed())
         self.average = self._averaged() if recipe.ema is not None else None
         self.sums: dict[str, Tensor] = {}
         self.at = 0  # optimiser steps done

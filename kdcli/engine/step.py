@@ -122,7 +122,6 @@ def _output(outcome: Outcome, features: Features, batch: Batch, use: Use) -> Ste
     return StepOutput(total, terms, followed, correct)
 
 
-
 def deploy(module: Any) -> nn.Module:
     """The bare network of a `Headed` one: what is evaluated, since heads only serve training."""
     return module.network if isinstance(module, Headed) else module

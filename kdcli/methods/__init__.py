@@ -38,6 +38,7 @@ SHIPPED = {
     "lskd": "any logit method on standardised logits (Sun et al. 2024)",
     "catkd": "class activation maps (Guo et al. 2023)",
     "ofa": "logits of the student's stages in the teacher's logit space, for any two families (Hao et al. 2023)",
+    "tas": "a hybrid assistant, spliced from both networks' stages, between any two families (TAS, later FBT)",
     "sskd": "similarities of rotated to upright images, beside the logits (Xu et al. 2020)",
     "hsakd": "auxiliary heads over classes and rotations on every stage (Yang et al. 2021)",
     "slkd": "self-learning teachers, fresh copies of the teacher that learn beside the student (Liu et al. 2023)",
@@ -158,6 +159,7 @@ def resolve(spec: RunSpec) -> RunSpec:
         assert spec.teacher is not None
         teacher_method = method.teacher_settings(values)
         teacher_class = method_class(teacher_method["name"])
+        _check_mixing(spec, teacher_class, teacher_method["name"])
         if train.nesterov is None:
             changes["nesterov"] = method.nesterov if teacher_class is method else teacher_class.nesterov
         values = validate(teacher_class.Spec, teacher_method, prefix="method")
@@ -165,9 +167,11 @@ def resolve(spec: RunSpec) -> RunSpec:
         name = spec.teacher if grown else canonical(spec.teacher, field="teacher")
         changes |= {"lr": explicit or standard_rate(train, architecture(name)), "teacher_lr": None}
         update |= {"teacher": name, "student": None, "student_taps": None, "assistant": ()}
+        update |= {"pretrained": spec.pretrained or spec.teacher_pretrained, "teacher_pretrained": False}
         update["data"] = spec.data.model_copy(update={"ratio": 1.0})
     else:
         assert spec.student is not None
+        _check_mixing(spec, method, spec.method["name"])
         if spec.teacher is not None and not method.needs_teacher:
             raise UsageError(
                 f"the method {spec.method['name']} takes no teacher", field="--teacher", hint="leave it out"
@@ -204,6 +208,16 @@ def resolve(spec: RunSpec) -> RunSpec:
     update["method"] = values.model_dump(mode="json")
     update["train"] = train.model_copy(update=changes)
     return spec.model_copy(update=update)
+
+
+def _check_mixing(spec: RunSpec, method: type[Method], name: str) -> None:
+    """Refuse mixed images where a loss of the method could not say what they show."""
+    if spec.data.mixes and not method.mixes:
+        raise UsageError(
+            f"the method {name} cannot learn from mixed images",
+            field="--mixup" if spec.data.mixup > 0 else "--cutmix",
+            hint="--mixup 0 --cutmix 0",
+        )
 
 
 def standard_rate(train: TrainSpec, network: str) -> float:

@@ -246,4 +246,4 @@ class Method(nn.Module, ABC):
 
     def teacher_loss(self, batch: Batch, teacher: Features, progress: Progress) -> dict[str, Tensor]:
         """The weighted terms with which a teacher for this method is trained; default: {"ce"}, plain cross-entropy."""
-        return {"ce": cross_entropy(teacher.logits, batch.labels, self.setting.label_smoothing)}
+        return {"ce": cross_entropy(teacher.logits, batch.targets, self.setting.label_smoothing)}

@@ -33,13 +33,15 @@ class Contrast(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """e^s, []."""
-        return self.log_scale.clamp(max=_LARGEST).exp()
+        """e^s, [], without gradient."""
+        return self.log_scale.detach().clamp(max=_LARGEST).exp()
 
     def forward(self, learner: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Vectors [B,D] of this rank's part of the batch to the mean over the whole one, []."""
+        with torch.no_grad():  # the parameter itself is held, as CLIP does: beyond the bound it would get no gradient
+            self.log_scale.clamp_(max=_LARGEST)
         z, t = (gathered(F.normalize(x, dim=1), batch) for x in (learner, target))
-        similar = self.scale * z @ t.mT
+        similar = self.log_scale.exp() * z @ t.mT
         if self.mask_same_class:
             labels = gathered(batch.labels, batch)
             other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)

@@ -77,6 +77,7 @@ class CRD(FeatureMethod):
     """
 
     Spec: ClassVar[type[MethodSpec]] = CRDSpec
+    mixes: ClassVar[bool] = False
     memory_s: Tensor
     memory_t: Tensor
     z_s: Tensor

@@ -77,7 +77,7 @@ class DML(Method):
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """{"ce", "kl"} of the student and {"peers_ce", "peers_kl"}, sums over the peers, from logits [B,K]."""
         logits = [student.logits, *(peer.logits for peer in student.assistants)]
-        ce = [cross_entropy(z, batch.labels, self.setting.label_smoothing) for z in logits]
+        ce = [cross_entropy(z, batch.targets, self.setting.label_smoothing) for z in logits]
         kl = [self._from_others(i, logits) for i in range(len(logits))]
         return {
             "ce": self.spec.ce_weight * ce[0],

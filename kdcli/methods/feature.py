@@ -83,7 +83,7 @@ class FeatureMethod(Method):
         """{"ce"}, {"kd"} where it has a weight, and the terms of `compare`."""
         assert teacher is not None
         spec = self.spec
-        terms = {"ce": spec.ce_weight * cross_entropy(student.logits, batch.labels, self.setting.label_smoothing)}
+        terms = {"ce": spec.ce_weight * cross_entropy(student.logits, batch.targets, self.setting.label_smoothing)}
         if spec.kd_weight:
             terms["kd"] = spec.kd_weight * divergence(student.logits, teacher.logits, spec.temperature)
         return terms | self.compare(batch, student, teacher, progress)

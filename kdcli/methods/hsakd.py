@@ -79,6 +79,7 @@ class HSAKD(Method):
     Spec: ClassVar[type[MethodSpec]] = HSAKDSpec
     nesterov: ClassVar[bool] = True
     fixed_stride: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
 
     def __init__(
         self, spec: HSAKDSpec, setting: Setting, student: Network | None, teacher: Network | Headed | None

@@ -50,7 +50,7 @@ class LogitMethod(Method):
 
     def supervised(self, batch: Batch, student: Features) -> Tensor:
         """The unweighted cross-entropy to the labels, mean over B."""
-        return cross_entropy(student.logits, batch.labels, self.setting.label_smoothing)
+        return cross_entropy(student.logits, batch.targets, self.setting.label_smoothing)
 
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """{"ce"} and the terms of `distil`."""

@@ -84,7 +84,7 @@ class MLKD(LogitMethod):
     def supervised(self, batch: Batch, student: Features) -> Tensor:
         """The sum of both views' cross-entropies, each a mean over B."""
         smoothing = self.setting.label_smoothing
-        weak, strong = (cross_entropy(view, batch.labels, smoothing) for view in views(student.logits))
+        weak, strong = (cross_entropy(view, batch.targets, smoothing) for view in views(student.logits))
         return weak + strong
 
     def distil(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:

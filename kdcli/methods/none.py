@@ -34,4 +34,4 @@ class NoDistillation(Method):
 
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """{"ce"}: logits [B,K] against labels [B]."""
-        return {"ce": cross_entropy(student.logits, batch.labels, self.setting.label_smoothing)}
+        return {"ce": cross_entropy(student.logits, batch.targets, self.setting.label_smoothing)}

@@ -83,6 +83,7 @@ class SSKD(Method):
     """L = ce_weight · l1 + kd_weight · l2 + tf_weight · l3 + ss_weight · l4, as in the module's first lines."""
 
     Spec: ClassVar[type[MethodSpec]] = SSKDSpec
+    mixes: ClassVar[bool] = False
 
     def __init__(
         self, spec: SSKDSpec, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None

@@ -115,12 +115,10 @@ class TAS(Method):
         self, spec: TASSpec, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
     ) -> None:
         super().__init__(spec, setting, student, teacher)
-        compared = {
-            "feature": spec.feature_loss != "none" and spec.feature_weight > 0,
-            "logit": spec.logit_loss != "none" and spec.logit_weight > 0,
-        }
-        self.features_compared, self.logits_compared = compared["feature"], compared["logit"]
-        self.pairs = tuple(p for p in spec.pairs if any(compared.values()) and (spec.assistant != "none" or p == "ts"))
+        self.features_compared = spec.feature_loss != "none" and spec.feature_weight > 0
+        self.logits_compared = spec.logit_loss != "none" and spec.logit_weight > 0
+        compared = self.features_compared or self.logits_compared
+        self.pairs = tuple(p for p in spec.pairs if compared and (spec.assistant != "none" or p == "ts"))
         fused = any("f" in pair for pair in self.pairs) or (spec.assistant != "none" and spec.assistant_ce > 0)
         self.assistant: Assistant | None = None
         self.contrast: Contrast | None = None
@@ -138,9 +136,13 @@ class TAS(Method):
 
     @classmethod
     def check(cls, spec: TASSpec) -> None:
-        """A pair is named once."""
+        """A pair is named once, and without an assistant one is left."""
         if len(set(spec.pairs)) != len(spec.pairs):
-            raise UsageError("a pair is named twice", field="method.pairs", hint="for example ts,tf,fs")
+            raise UsageError("a pair is named twice", field="method.pairs", hint='for example ["ts", "tf"]')
+        if spec.assistant == "none" and "ts" not in spec.pairs:
+            raise UsageError(
+                "without an assistant nothing is left to compare", field="method.pairs", hint="name ts, or an assistant"
+            )
 
     def _assistant(self, student: Network, teacher: Network) -> Assistant:
         spec = self.spec
@@ -173,6 +175,11 @@ class TAS(Method):
         for name in sorted({name for pair in self.pairs for name in pair} - {"t"}):
             if widths[name] != widths["t"]:
                 self.projections[str(widths[name])] = nn.Conv2d(widths[name], widths["t"], 1)
+        # What only makes targets is never taught.
+        learners = {pair[1] for pair in self.pairs} | ({"f"} if not self.spec.detach_fused else set())
+        learned = {str(widths[name]) for name in learners & widths.keys()}
+        for width, projection in self.projections.items():
+            projection.requires_grad_(width in learned)
 
     def _width(self, network: Network, size: int) -> int:
         """Channels of what `_grid` makes of a network's features."""
@@ -180,6 +187,12 @@ class TAS(Method):
             return network.pooled_dim
         made = dry_run(network, "features", size)
         assert isinstance(made, Features)
+        if not made.maps:
+            raise IncompatibleError(
+                f"{network.arch} has no maps whose grid could be kept",
+                field="method.smoothing",
+                hint="use --set method.smoothing=gap",
+            )
         return (made.maps[-1] if made.final is None else made.final).shape[1]
 
     def joint_features(self, student: Features, teacher: Features | None) -> Features:

@@ -118,6 +118,7 @@ class VSD(Method):
     Spec: ClassVar[type[MethodSpec]] = VSDSpec
     nesterov: ClassVar[bool] = True
     fixed_stride: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
 
     def __init__(
         self, spec: VSDSpec, setting: Setting, student: Network | None, teacher: Network | Headed | None

@@ -160,7 +160,7 @@ def one_step(spec: RunSpec, step: Step, optimizer: torch.optim.Optimizer, at: in
 
 
 def optimizer_of(spec: RunSpec, step: Step) -> torch.optim.Optimizer:
-    return optim.optimizer(spec.train, [p for p in step.parameters() if p.requires_grad], cuda=False)
+    return optim.optimizer(spec.train, step, cuda=False, undecayed=step.undecayed())
 
 
 def take(name: str, teacher: str | None, student: str | None) -> Stepped:

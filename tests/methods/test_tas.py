@@ -180,6 +180,18 @@ def test_the_scale_is_learned_and_bounded():
     assert contrast.scale.item() == pytest.approx(100)
 
 
+def test_the_scale_comes_back_from_its_bound():
+    """Whatever an update made of it, the next step holds it at 100, and there it still learns."""
+    contrast = Contrast()
+    with torch.no_grad():
+        contrast.log_scale.fill_(9.0)
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    contrast(z, -z, batch(torch.arange(4))).backward()  # the worst targets ask for a smaller scale
+    assert contrast.log_scale.item() == pytest.approx(math.log(100))
+    assert contrast.log_scale.grad is not None
+    assert contrast.log_scale.grad.item() > 0
+
+
 def test_one_image_is_no_contrast():
     """B = 1 (an epoch's last batch): InfoNCE is zero and everything finite."""
     _, _, _, step = make("timm:test_vit", "timm:test_vit")  # no BatchNorm
@@ -443,6 +455,34 @@ def test_one_projection_for_one_width():
     assert list(method.projections) == ["64"]  # the student's; the assistant ends in the teacher
     method, *_ = make("wrn16_2", VIT)
     assert list(method.projections) == ["64"]  # both end in the student
+
+
+def test_a_projection_of_targets_alone_is_not_trained():
+    """A width that only the assistant has, which only teaches, has no gradient to learn from."""
+    settings = {"assistant": "conv", "smoothing": 2}
+    method, *_, step = make("timm:mobilenetv2_100", "resnet8", pairs=("ts", "fs"), **settings)
+    assert {w: p.weight.requires_grad for w, p in method.projections.items()} == {"64": True, "1280": False}
+    step(images(), PROGRESS).total.backward()
+    assert not [n for n, p in step.named_parameters() if p.requires_grad and p.grad is None]
+    method, *_ = make("timm:mobilenetv2_100", "resnet8", **settings)
+    assert all(p.weight.requires_grad for p in method.projections.values())
+
+
+def test_a_network_without_maps_has_no_grid():
+    """A token network tapped by hooks has a pooled vector alone."""
+    s = build("resnet8", K, 224)
+    t = build("timm:tnt_s_patch16_224", K, 224)
+    with pytest.raises(IncompatibleError, match="no maps"):
+        TAS(TASSpec(assistant="none", smoothing=2), setting(K, image_size=224), s, t)
+    TAS(TASSpec(assistant="none"), setting(K, image_size=224), s, t)
+
+
+def test_pairs_with_an_assistant_that_is_not_there_are_left_out():
+    """assistant=none keeps (t,s) of the three; were none left, the method would be plain training."""
+    method, *_ = make("wrn10_2", "wrn10_2", assistant="none")
+    assert method.pairs == ("ts",)
+    with pytest.raises(UsageError, match="nothing is left"):
+        TAS.check(TASSpec(assistant="none", pairs=("tf", "fs")))
 
 
 def test_what_cannot_be_spliced_is_refused():
