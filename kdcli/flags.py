@@ -44,7 +44,7 @@ def with_flags(request: Request, given: dict[str, Any]) -> Request:
 
 def _option_type(annotation: Any) -> Any:
     """The type Typer should parse: Optional stripped, tuples as comma-separated strings, the method as its name."""
-    annotation = _bare(annotation)
+    annotation = bare(annotation)
     if typing.get_origin(annotation) is tuple:
         return list[str]
     return str if typing.get_origin(annotation) is dict else annotation
@@ -144,7 +144,7 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
         flags: dict[str, Any] = {}
         for leaf, path in paths.items():
             if (value := values.pop(leaf)) not in (None, [], ()):
-                if typing.get_origin(_bare(field_at(path).annotation)) is tuple:
+                if typing.get_origin(bare(field_at(path).annotation)) is tuple:
                     value = parse_tuple(",".join(value))
                 flags[path] = value
         if values.get("teacher_scale") is not None:
@@ -169,7 +169,8 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
     return run
 
 
-def _bare(annotation: Any) -> Any:
+def bare(annotation: Any) -> Any:
+    """An annotation without its `| None`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+import typing
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kdcli.errors import InputError, UsageError, nearest
-from kdcli.flags import Request, parse_tuple
-from kdcli.specs import RunSpec, validate
+from kdcli.flags import Request, bare, parse_tuple
+from kdcli.specs import RunSpec, field_at, field_paths, validate
 
 _RECIPES = {
     "cifar100": "cifar",
@@ -164,9 +165,8 @@ def parse_set(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         pass
-    if key.rpartition(".")[2] in ("milestones", "teacher_taps", "student_taps", "assistant"):
-        return key, parse_tuple(value)
-    return key, value
+    listed = key in field_paths().values() and typing.get_origin(bare(field_at(key).annotation)) is tuple
+    return key, parse_tuple(value) if listed else value
 
 
 def resolve(command: str, request: Request) -> RunSpec:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_origin
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
@@ -46,6 +47,15 @@ class MethodSpec(Section):
     """How much larger the teacher's images are per side: VSD's variable scale for any method (VSD, Section 3.1.1)."""
     scale_mode: Literal["bilinear", "nearest", "bicubic"] = "bilinear"
     """Interpolation of the teacher's images where they are enlarged."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, values: Any) -> Any:
+        """Lists may be written with commas (`--set method.pairs=ts,tf`)."""
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is tuple}
+        return {k: v.split(",") if k in lists and isinstance(v, str) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdcli.gather import BatchNorm2d, moments
 from kdcli.methods.feature import at_smaller_size
@@ -65,8 +66,10 @@ class RegionSpec(Section):
 
     @property
     def drawn(self) -> int:
-        """How many samples are drawn of each map."""
-        return 1 if self.match == "sample" or self.target == "point" else self.samples
+        """How many samples of each map the student chooses from; none where it is matched with the posterior itself."""
+        if self.target == "point" or self.match in ("mean", "nll", "hinge"):
+            return 0
+        return 1 if self.match == "sample" else self.samples
 
     @property
     def regularised(self) -> bool:
@@ -88,11 +91,12 @@ class Posterior:
     mean: Tensor
     log_variance: Tensor | None
 
-    def draw(self, noise: Tensor) -> Tensor:
-        """Standard normal noise [M,B,D,H,W] → samples [M,B,D,H,W], through which gradients flow."""
+    def draw(self, count: int) -> Tensor:
+        """M samples [M,B,D,H,W], through which gradients flow."""
         if self.log_variance is None:
-            return self.mean.expand_as(noise)
-        return self.mean + (self.log_variance / 2).exp() * noise
+            return self.mean.expand(count, *self.mean.shape)
+        noise = torch.randn(count, *self.mean.shape, dtype=self.mean.dtype, device=self.mean.device)
+        return torch.addcmul(self.mean, (self.log_variance / 2).exp(), noise)
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ class Comparison:
 
     Attributes:
         feature: [], what the student minimises, mean over B, D, H, W.
-        likelihood: [], what keeps the latent map true to the teacher: half the mean squared error over M, B, C, H, W of
-            the decoded samples, or what the `Rest` made of one.
+        likelihood: [], what keeps the latent map true to the teacher: half the expected squared error of a decoded sample,
+            mean over B, C, H, W, or what the `Rest` made of one.
         divergence: [], KL(posterior ‖ prior), mean over B, D, H, W; None without a prior.
         followed: [] each: mean `sigma`; `shift` of the mean from the teacher and its `distance` from the student, both the
             mean over B of the root mean square over D, H, W; `effective_samples`, 1 / Σ w² of the soft choice.
@@ -187,17 +191,17 @@ class Region(nn.Module):
         """[B,c_s,h,w], [B,c_t,H,W] → the stage's losses; the larger map is averaged down to the smaller grid.
 
         Args:
-            rest: judges the decoded map of one sample, in place of the squared error of them all.
+            rest: judges the decoded map of one sample, in place of its expected squared error.
         """
         s, t = at_smaller_size(student, teacher)
         normalised, h = self.standard(t), self.connector(s)
         posterior = self.encoder(normalised)
-        noise = torch.randn(self.spec.drawn, *posterior.mean.shape, dtype=h.dtype, device=h.device)
-        samples = posterior.draw(noise)
+        with torch.no_grad():  # targets are constants
+            samples = posterior.draw(self.spec.drawn)
         if rest is None:
-            likelihood = reconstruction(self.decoder(samples.flatten(0, 1)).unflatten(0, samples.shape[:2]), normalised)
+            likelihood = expected_error(self.decoder, posterior, normalised)
         else:
-            likelihood = rest(self.standard.undo(self.decoder(samples[0]), t))
+            likelihood = rest(self.standard.undo(self.decoder(posterior.draw(1)[0]), t))
         feature, followed = self.match(h, posterior, samples)
         divergence = self.divergence(posterior, h) if self.spec.regularised else None
         return Comparison(feature, likelihood, divergence, self.measured(h, posterior) | followed)
@@ -215,11 +219,17 @@ class Region(nn.Module):
             return ((h - mean).square() * (-spread).exp() + spread).mean() / 2, {}
         if spec.match == "hinge":
             return ((h - mean).abs() * (-spread / 2).exp() - spec.kappa).clamp(min=0).square().mean(), {}
-        found = distances(h, samples.detach(), spec.scope, self.group)
-        if spec.match == "softmin":
-            loss, effective = soft_choice(found, spec.tau_sel)
-            return loss, {"effective_samples": effective}
-        return found.amin(0).mean(), {}  # of one sample, with match=sample
+        with torch.no_grad():
+            found = distances(h, samples, spec.scope, self.group)
+            weights = soft_choice(found, spec.tau_sel) if spec.match == "softmin" else nearest(found)
+            target = blended(samples, weights, spec.scope, self.group)
+            value = (weights * found).sum(0).mean()
+            effective = (1 / weights.square().sum(0)).mean()
+        # Weights are constants and add up to 1, so that this has the value and the gradient of mean Σ_m w·d, without a
+        # graph over all samples.
+        loss = (h - target).square().mean()
+        loss = loss + (value - loss).detach()
+        return loss, {"effective_samples": effective} if spec.match == "softmin" else {}
 
     def divergence(self, posterior: Posterior, h: Tensor) -> Tensor:
         """[], KL(posterior ‖ prior) with the student's map h [B,D,H,W], mean over B, D, H, W."""
@@ -270,9 +280,16 @@ class Regions(nn.ModuleList):
         return tuple(p for region in self if isinstance(region, Region) for p in region.undecayed())
 
 
-def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
-    """Decoded samples [M,B,C,H,W], normalised map [B,C,H,W] → []: half the mean squared error over M, B, C, H, W."""
-    return (decoded - target.detach()).square().mean() / 2
+def expected_error(decoder: nn.Conv2d, posterior: Posterior, target: Tensor) -> Tensor:
+    """[], half the squared error of a decoded sample against the normalised map [B,C,H,W], in expectation over the samples.
+
+    The decoder is linear, so that no sample is needed: the error of the decoded mean, and the decoded variance. Mean over
+    B, C, H, W.
+    """
+    error = (decoder(posterior.mean) - target.detach()).square().mean()
+    if posterior.log_variance is not None:
+        error = error + F.conv2d(posterior.log_variance.exp(), decoder.weight.square()).mean()
+    return error / 2
 
 
 def gaussian_divergence(mean: Tensor, log_variance: Tensor, prior: Tensor, variance: float = 1.0) -> Tensor:
@@ -295,10 +312,25 @@ def distances(student: Tensor, samples: Tensor, scope: Scope, group: int) -> Ten
     return squared if scope == "element" else squared.unflatten(2, (-1, group)).mean(3)
 
 
-def soft_choice(found: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Distances d [M,…] → [] mean of Σ_m w·d and [] mean of 1 / Σ_m w², w = softmax(-d / temperature), a constant."""
-    weights = (-found.detach() / temperature).softmax(0)
-    return (weights * found).sum(0).mean(), (1 / weights.square().sum(0)).mean()
+def soft_choice(found: Tensor, temperature: float) -> Tensor:
+    """Distances d [M,…] → weights [M,…], softmax over the samples of -d / temperature."""
+    return (-found / temperature).softmax(0)
+
+
+def nearest(found: Tensor) -> Tensor:
+    """Distances [M,…] → weights [M,…]: 1 for the nearest sample, 0 for the others."""
+    return torch.zeros_like(found).scatter_(0, found.argmin(0, keepdim=True), 1.0)
+
+
+def blended(samples: Tensor, weights: Tensor, scope: Scope, group: int) -> Tensor:
+    """Samples [M,B,D,H,W] and the weights [M,…] of `distances`' shapes → their weighted sum [B,D,H,W]."""
+    if scope == "map":
+        return torch.einsum("mbdhw,mb->bdhw", samples, weights)
+    if scope == "location":
+        return (samples * weights[:, :, None]).sum(0)
+    if scope == "element":
+        return (samples * weights).sum(0)
+    return (samples.unflatten(2, (-1, group)) * weights[:, :, :, None]).sum(0).flatten(1, 2)
 
 
 def size(x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class TAS(Method):
     def check(cls, spec: TASSpec) -> None:
         """A pair is named once, and without an assistant one is left."""
         if len(set(spec.pairs)) != len(spec.pairs):
-            raise UsageError("a pair is named twice", field="method.pairs", hint='for example ["ts", "tf"]')
+            raise UsageError("a pair is named twice", field="method.pairs", hint="for example ts,tf")
         if spec.assistant == "none" and "ts" not in spec.pairs:
             raise UsageError(
                 "without an assistant nothing is left to compare", field="method.pairs", hint="name ts, or an assistant"

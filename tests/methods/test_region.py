@@ -23,8 +23,9 @@ from kdcli.methods.region import (
     Standard,
     complaint,
     distances,
+    expected_error,
     gaussian_divergence,
-    reconstruction,
+    nearest,
     soft_choice,
 )
 
@@ -99,12 +100,13 @@ def test_the_free_optimum_of_likelihood_and_prior(beta: float) -> None:
     """With an identity decoder: mean (F + beta·h)/(1 + beta) and variance beta/(1 + beta), to 1e-6."""
     target, h = normal(2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1)
     mean, spread = (torch.zeros_like(target, requires_grad=True) for _ in range(2))
-    noise = torch.stack([torch.ones_like(target), -torch.ones_like(target)])  # the first two moments of a normal
-    judge = region(3, 3)
+    judge, decoder = region(3, 3), nn.Conv2d(3, 3, 1).double()
+    nn.init.dirac_(decoder.weight)
+    nn.init.zeros_(decoder.bias)  # type: ignore[arg-type]
 
     def loss() -> Tensor:
         posterior = Posterior(target, mean, spread)
-        return reconstruction(posterior.draw(noise), target) + beta * judge.divergence(posterior, h)
+        return expected_error(decoder, posterior, target) + beta * judge.divergence(posterior, h)
 
     optimizer = torch.optim.LBFGS(
         [mean, spread], max_iter=500, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -162,8 +164,7 @@ def test_a_region_starts_around_the_same_point() -> None:
     found = run(region(stirred=False), s, t)
     assert found.followed["sigma"].item() == pytest.approx(math.exp(-1), rel=1e-12)
     assert found.followed["shift"].item() == 0
-    # E (z - F)² = sigma²; 8 · 1200 draws
-    assert found.likelihood.item() == pytest.approx(math.exp(-2) / 2, rel=0.05)
+    assert found.likelihood.item() == pytest.approx(math.exp(-2) / 2, rel=1e-12)  # E (z - F)² = sigma²
 
 
 def test_all_losses_against_the_formulas() -> None:
@@ -174,16 +175,19 @@ def test_all_losses_against_the_formulas() -> None:
     h, (normalised, mean, spread) = student_of(made, s), posterior_of(made, t)
     torch.manual_seed(4)
     z = mean + (spread / 2).exp() * torch.randn(8, *mean.shape, dtype=F64)
-    decoded = torch.stack([one_by_one(sample, made.decoder) for sample in z])
+    many = mean + (spread / 2).exp() * normal(4000, *mean.shape, seed=9)
+    errors = torch.stack([(one_by_one(sample, made.decoder) - normalised).square().mean() for sample in many])
     d = (h - z).square().view(8, 3, 4, 4, 5, 5).mean(3)
     w = (d / -0.3).exp() / (d / -0.3).exp().sum(0)
     wanted = {
         "feature": (w * d).sum(0).mean(),
-        "likelihood": 0.5 * (decoded - normalised).square().mean(),
         "divergence": 0.5 * (spread.exp() + (mean - h).square() - 1 - spread).mean(),
     }
     for name, value in wanted.items():
         assert getattr(found, name).item() == pytest.approx(value.item(), rel=1e-10), name
+    deviation = (errors / 2).std().item() / math.sqrt(len(errors))
+    assert found.likelihood.item() == pytest.approx((errors / 2).mean().item(), abs=4 * deviation)
+    assert deviation < 1e-3 * found.likelihood.item()
 
     def per_image(x: Tensor) -> Tensor:
         return torch.stack([image.square().mean().sqrt() for image in x]).mean()
@@ -265,13 +269,15 @@ def test_the_soft_choice_lies_between_the_nearest_and_all(scope: str) -> None:
     """min <= softmin <= mean over the samples; a low temperature is the nearest, a high one their mean."""
     h, z = normal(*GRID, seed=1), normal(8, *GRID, seed=2)
     found = distances(h, z, scope, 8)  # type: ignore[arg-type]
-    nearest, soft, everything = found.amin(0).mean(), soft_choice(found, 0.1)[0], found.mean()
-    assert nearest < soft < everything
-    cold, hot = soft_choice(found, 1e-9), soft_choice(found, 1e9)
-    assert cold[0].item() == pytest.approx(nearest.item(), rel=1e-9)
-    assert cold[1].item() == pytest.approx(1, rel=1e-9)
-    assert hot[0].item() == pytest.approx(everything.item(), rel=1e-6)
-    assert hot[1].item() == pytest.approx(8, rel=1e-6)
+
+    def mean_distance(weights: Tensor) -> float:
+        assert torch.allclose(weights.sum(0), torch.ones_like(weights[0]))
+        return (weights * found).sum(0).mean().item()
+
+    assert mean_distance(nearest(found)) == pytest.approx(found.amin(0).mean().item(), rel=1e-12)
+    assert found.amin(0).mean() < mean_distance(soft_choice(found, 0.1)) < found.mean()
+    assert torch.allclose(soft_choice(found, 1e-9), nearest(found))
+    assert torch.allclose(soft_choice(found, 1e9), torch.full_like(found, 1 / 8))
 
 
 def test_a_group_is_of_channels_that_lie_together() -> None:
@@ -293,13 +299,23 @@ def test_the_size_of_a_group_divides_the_channels(width: int, asked: int, wanted
     assert region(4, width, stirred=False, group=asked).group == wanted
 
 
-def test_the_weights_of_the_choice_are_constants() -> None:
-    """The gradient is that of fixed weights: towards the chosen samples."""
+@pytest.mark.parametrize("scope", ["map", "location", "group", "element"])
+@pytest.mark.parametrize("match", ["softmin", "min"])
+def test_the_weights_of_the_choice_are_constants(scope: str, match: str) -> None:
+    """Value and gradient are those of mean Σ_m w·d with fixed weights: towards the chosen samples."""
+    made = region(match=match, scope=scope, tau_sel=0.5)
     h, z = normal(*GRID, seed=1).requires_grad_(), normal(8, *GRID, seed=2)
-    soft_choice(distances(h, z, "element", 1), 0.5)[0].backward()
-    w = ((h.detach() - z).square() / -0.5).softmax(0)
+    loss, _ = made.match(h, Posterior(z[0], z[0], torch.zeros_like(z[0])), z)
+    loss.backward()
+    again = h.detach().clone().requires_grad_()
+    found = distances(again, z, scope, made.group)  # type: ignore[arg-type]
+    w = soft_choice(found.detach(), 0.5) if match == "softmin" else nearest(found.detach())
+    wanted = (w * found).sum(0).mean()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert h.grad is not None
-    assert torch.allclose(h.grad, 2 * (h.detach() - (w * z).sum(0)) / h.numel(), atol=1e-15)
+    assert again.grad is not None
+    assert torch.allclose(h.grad, again.grad, rtol=1e-10, atol=1e-15)
 
 
 # ------------------------------------------------------------------------------------------------------- the settings

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import PROGRESS, batch, setting
+from harness import Kd
 from torch import Tensor, nn
 
 from kdcli.data.dataset import Split
@@ -493,6 +494,15 @@ def test_what_cannot_be_spliced_is_refused():
     with pytest.raises(IncompatibleError, match="no stages to splice"):
         TAS(TASSpec(), setting(K, image_size=64), s, t)
     TAS(TASSpec(assistant="none"), setting(K, image_size=64), s, t)
+
+
+def test_settings_of_the_command_line(kd: Kd):
+    """`assistant` is a list of networks only outside the method; lists of the method may be written with commas."""
+    words = ["distill", "--method", "tas", "--teacher", "resnet14", "--student", "resnet8", "--dataset", "digits"]
+    shown = kd(*words, "--set", "method.assistant=conv", "--set", "method.pairs=ts,tf", "--dry-run", "--json")
+    assert shown.code == 0, shown.err
+    assert (shown.json["spec"]["method"]["assistant"], shown.json["spec"]["method"]["pairs"]) == ("conv", ["ts", "tf"])
+    assert kd(*words, "--set", "method.pairs=ts,tx").code == 2
 
 
 def test_a_pair_named_twice_is_refused():
