@@ -12,7 +12,7 @@ import pytest
 from harness import Kd, finish, outcome, spawn, wait_for_step
 
 DATA = os.environ.get("KD_DATA_DIR")
-CIFAR = ("--dataset", "cifar100", "--threads", "2", "--device", "cpu")
+CIFAR = ("--dataset", "cifar100", "--threads", "1", "--device", "cpu")
 VIT, SWIN, MLP = "timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224", "timm:resmlp_12_224"
 
 PAIRS = {

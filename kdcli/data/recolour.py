@@ -43,7 +43,8 @@ class RandAugment:
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     """Keep the highest bits of each colour. At full magnitude timm keeps none, which newer versions of Pillow refuse."""
-    return image.point(lambda level: level & (0xFF << (8 - bits) & 0xFF))
+    mask = 0xFF << (8 - bits) & 0xFF
+    return image.point([level & mask for level in range(256)] * len(image.getbands()))
 
 
 @contextmanager
