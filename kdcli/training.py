@@ -232,19 +232,7 @@ def _assistant(spec: RunSpec, position: int, story: Story, stop: StopFlag, datas
     name = spec.assistant[position]
     file = teachers.named_file(name, "--assistant")
     if file is None:
-        wanted = teachers.assistant_for(spec, position)
-        file = teachers.finished(wanted)
-        if file is not None:
-            story.note(f"assistant: {file}")
-        elif not auto:
-            raise InputError(
-                f"no trained assistant {name} for this teacher and recipe under {spec.system.runs_dir}",
-                field="--assistant",
-                hint="name a checkpoint, or leave out --no-auto-teacher",
-            )
-        else:
-            story.note(f"assistant: no trained {name} for this teacher and recipe found, distilling it first")
-            file = Path(distill(wanted, story, stop)["checkpoint"])
+        file = _distilled(teachers.assistant_for(spec, position), f"assistant {name}", story, stop, auto=auto)
     return _read(file, spec, dataset, story)
 
 
@@ -252,23 +240,28 @@ def _prepared(
     spec: RunSpec, teacher: Loaded, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool
 ) -> list[Loaded]:
     """Networks like the teacher that the method wants distilled from it beforehand; made first where there are none."""
-    found = []
-    for number, wanted in enumerate(teachers.prepared_for(spec, teacher.backbone.arch)):
-        file = teachers.finished(wanted)
-        if file is not None:
-            story.note(f"network {number} taught beforehand: {file}")
-        elif not auto:
-            raise InputError(
-                f"{spec.method['name']} wants {teacher.backbone.arch} taught beforehand, seed {number}, and there is none "
-                f"under {spec.system.runs_dir}",
-                field="--method",
-                hint="leave out --no-auto-teacher",
-            )
-        else:
-            story.note(f"network {number} taught beforehand: none found, distilling it first")
-            file = Path(distill(wanted, story, stop)["checkpoint"])
-        found.append(_read(file, spec, dataset, story))
-    return found
+    wanted = teachers.prepared_for(spec, teacher.backbone.arch)
+    files = [_distilled(one, f"network {i} taught beforehand", story, stop, auto=auto) for i, one in enumerate(wanted)]
+    return [_read(file, spec, dataset, story) for file in files]
+
+
+def _distilled(wanted: RunSpec, what: str, story: Story, stop: StopFlag, *, auto: bool) -> Path:
+    """The network of a distillation that another one needs: found, or made now.
+
+    Raises:
+        InputError: there is none, and it is not to be made on the way.
+    """
+    file = teachers.finished(wanted)
+    if file is not None:
+        story.note(f"{what}: {file}")
+        return file
+    if not auto:
+        raise InputError(
+            f"there is no {what} for this teacher and recipe under {wanted.system.runs_dir}",
+            hint=f"make it: {command_line(wanted.command, wanted)}",
+        )
+    story.note(f"{what}: none found for this teacher and recipe, distilling it first")
+    return Path(distill(wanted, story, stop)["checkpoint"])
 
 
 def _read(file: Path, spec: RunSpec, dataset: DataSet, story: Story) -> Loaded:

@@ -22,7 +22,7 @@ def test_takd_makes_the_chain_link_by_link_and_finds_it_again(kd: Kd, tmp_path):
     told = checkpoint.read_metadata(assistant / "student.safetensors")
     assert told["teacher"]["arch"] == "resnet20"
     again = kd("distill", "--method", "takd", *CHAIN, "--seed", "1", "--json")
-    assert "assistant: runs" in again.err  # neither teacher nor assistant is trained a second time
+    assert "assistant resnet14: runs" in again.err  # neither teacher nor assistant is trained a second time
     assert "epoch 1/1" in again.err
     assert again.err.count("takd student resnet14") == 0
     assert again.json["teacher"]["digest"] == first.json["teacher"]["digest"]
@@ -79,7 +79,7 @@ def test_dry_run_shows_who_teaches(kd: Kd):
         (["--method", "kd"], 2, "takes no assistants"),
         (["--method", "takd", "--teacher-scale", "2"], 2, "cannot teach at another scale"),
         (["--method", "takd", "--assistant", "resnet15"], 2, "no network named"),
-        (["--method", "takd", "--no-auto-teacher"], 3, "no trained"),
+        (["--method", "takd", "--no-auto-teacher"], 3, "make it: kd distill --method takd"),
         (["--method", "takd", "--assistant", "a.pth"], 2, "--assistant: a.pth is not a kd checkpoint"),
         (["--method", "takd", "--assistant", "no.safetensors"], 3, "--assistant: no such checkpoint"),
     ],

@@ -227,7 +227,7 @@ class Method(nn.Module, ABC):
     def joint_features(self, student: Features, teacher: Features | None) -> Features:
         """The student's features with what further passes through stages of both networks add to them; default: as they are.
 
-        Gradients flow here, through the stages of a frozen teacher too; `features.network` has the stages.
+        Gradients flow here, through the stages of a frozen teacher too; `pairing.network_of` gives the stages.
         """
         return student
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdcli.errors import IncompatibleError
+from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network
 from kdcli.models.panel import Panel
@@ -13,6 +14,12 @@ def backbone(teacher: Network | Headed | Panel) -> Network:
     if isinstance(teacher, Headed):
         return teacher.network
     return teacher.teacher if isinstance(teacher, Panel) else teacher
+
+
+def network_of(features: Features) -> Network:
+    """The network that made the features, whose stages can be called."""
+    assert isinstance(features.network, Network)
+    return features.network
 
 
 def require_same_outputs(student: Network, teacher: Network | Headed | Panel) -> None:

@@ -50,7 +50,7 @@ from kdcli.errors import IncompatibleError, UsageError
 from kdcli.losses import cross_entropy, divergence
 from kdcli.methods.base import Method, MethodSpec, Outcome, Progress, Setting
 from kdcli.methods.feature import FeatureSpec, aligned
-from kdcli.methods.pairing import backbone, require_same_outputs
+from kdcli.methods.pairing import backbone, network_of, require_same_outputs
 from kdcli.methods.preactivation import preactivated
 from kdcli.methods.region import Comparison, Regions, RegionSpec, Rest, complaint
 from kdcli.models.features import Features
@@ -196,8 +196,7 @@ def _followed(found: list[Comparison], stages: list[int]) -> dict[str, Tensor]:
 
 def _rest(batch: Batch, teacher: Features, j: int) -> Rest:
     """The loss of the teacher's layers behind stage j, given a map of that stage before its closing ReLU."""
-    assert teacher.network is not None
-    return partial(_task_loss, teacher.network, j, teacher.stages[j - 1].shape[2:], batch.targets)
+    return partial(_task_loss, network_of(teacher), j, teacher.stages[j - 1].shape[2:], batch.targets)
 
 
 def _task_loss(network: Network, j: int, grid: torch.Size, targets: Tensor, decoded: Tensor) -> Tensor:

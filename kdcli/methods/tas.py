@@ -43,7 +43,7 @@ from kdcli.methods.assistant import Assistant, Whole
 from kdcli.methods.base import Method, MethodSpec, Outcome, Progress, Setting
 from kdcli.methods.contrast import Contrast
 from kdcli.methods.feature import shrink
-from kdcli.methods.pairing import backbone, require_same_outputs
+from kdcli.methods.pairing import backbone, network_of, require_same_outputs
 from kdcli.models.features import Features
 from kdcli.models.heads import Headed
 from kdcli.models.hooked import Hooked
@@ -201,9 +201,8 @@ class TAS(Method):
             return student
         assert teacher is not None
         front, back = (teacher, student) if self.assistant.teacher_first else (student, teacher)
-        assert back.network is not None
         x = front.maps[-2] if self.spec.share_front else front.maps[-2].detach()
-        return replace(student, assistants=(self.assistant(x, back.network),))
+        return replace(student, assistants=(self.assistant(x, network_of(back)),))
 
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """The terms of `outcome`."""
@@ -249,8 +248,7 @@ class TAS(Method):
 
     def _grid(self, features: Features) -> Tensor:
         """The feature as a map [B,C,h,w] in fp32 or better: 1 x 1 where it is the mean over all positions."""
-        network, smoothing = features.network, self.spec.smoothing
-        assert network is not None
+        network, smoothing = network_of(features), self.spec.smoothing
         if smoothing == "gap" and not (features.final is None and network.pools_tokens and self.spec.vit_pool == "avg"):
             return exact(features.pooled)[:, :, None, None]
         last = network.normed(exact(features.maps[-1])) if features.final is None else exact(features.final)

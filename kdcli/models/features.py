@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from kdcli.models.network import Network
+
+class Preactivating(Protocol):
+    """What can turn a stage's raw output into its pre-activation map: a `Network`."""
+
+    def preact(self, i: int, raw: torch.Tensor) -> torch.Tensor:
+        """The pre-activation map `[B, C, H, W]` of stage i."""
+        ...
 
 
 @dataclass
@@ -35,8 +40,8 @@ class Features:
     """What the assistants of a `Panel` made of the same images."""
     _raw: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """What each stage was before its closing step (see `Network.close`); `_raw[i - 1]` belongs to stage i."""
-    network: Network | None = field(default=None, repr=False)
-    """The network that made them, where it is known."""
+    network: Preactivating | None = field(default=None, repr=False)
+    """The network that made them, where it is known (`pairing.network_of` gives it with its stages)."""
 
     @property
     def stages(self) -> tuple[torch.Tensor, ...]:
