@@ -119,12 +119,15 @@ class Assistant(nn.Module):
     """What is new in the assistant; the stages it shares are handed to it.
 
     Where exactly one of the two networks is convolutional it is the front; otherwise the student is. A back network with
-    prefix tokens (class token) gets a learned copy of them, positions included.
+    prefix tokens (class token) gets a learned copy of them, positions included. Such a token has gathered its image by the
+    last stage, which alone cannot do it: so the mean of the bridge's patches is added, through a linear layer that starts
+    at zero.
 
     Args:
         student, teacher: the networks; the assistant keeps neither.
         student_size, teacher_size: sides of their images in pixels.
         kind: see `Kind`. Without the last stage the bridge's mean goes straight into the back network's classifier.
+        summary: add that mean to the prefix tokens; off, they are the same for every image.
         add_pos: add the back network's position embeddings to the bridge's patches.
         ghost: statistics of its own for the BatchNorm layers of a frozen back network.
     """
@@ -137,6 +140,7 @@ class Assistant(nn.Module):
         teacher_size: int,
         *,
         kind: Kind = "full",
+        summary: bool = True,
         add_pos: bool = False,
         ghost: bool = False,
     ) -> None:
@@ -152,6 +156,9 @@ class Assistant(nn.Module):
         self.bridge = Bridge(channels, side, width, out, attention=kind in ("conv+attention", "full"))
         prefix = back.prefix_tokens if self.last_stage else None
         self.prefix = None if prefix is None else nn.Parameter(prefix.detach().clone())
+        self.summary = None if prefix is None or not summary else nn.Linear(width, prefix.numel(), bias=False)
+        if self.summary is not None:
+            nn.init.zeros_(self.summary.weight)
         self.add_pos = add_pos and self.last_stage
         self.ghost = Ghost(back) if ghost and not self.teacher_first else None
         self._normalised = any(isinstance(module, _BatchNorm) for module in back.modules())
@@ -174,7 +181,10 @@ class Assistant(nn.Module):
             x = x + positions.detach()
         tokens = back.from_map(x)
         if self.prefix is not None:
-            tokens = torch.cat([self.prefix.to(tokens.dtype).expand(x.shape[0], -1, -1), tokens], 1)
+            prefix = self.prefix.to(tokens.dtype).expand(x.shape[0], -1, -1)
+            if self.summary is not None:
+                prefix = prefix + self.summary(tokens.mean(1)).view_as(prefix)
+            tokens = torch.cat([prefix, tokens], 1)
         last = back.stage(back.n_stages, tokens)
         final = back.final(last)
         pooled, logits = back.tail(last) if final is None else (pool(final), None)

@@ -21,9 +21,11 @@ Cost: one teacher forward; forward and backward of the bridge and of the back ne
 Our reading: whatever the notes leave open. The student alone has a cross-entropy to the labels (`assistant_ce`); targets are
     constants, also the assistant's (`detach_fused`), while its gradient does reach the student's front stages
     (`share_front`); W maps to the teacher's width where the width differs, one for all features of a width; the mean of the
-    patch tokens stands for a network with a class token (`vit_pool`), whose copy is put before the bridge's patches; windows
-    of 7, or 4, or the whole grid, D/32 heads; BatchNorm in a frozen stage keeps its statistics (`ghost_bn`); γ = 1. Two
-    networks without a convolution are spliced like two with: the student in front. Networks of three stages lend two.
+    patch tokens stands for a network with a class token (`vit_pool`). A copy of that token is put before the bridge's
+    patches, plus a linear map of their mean (`class_token`): a last stage cannot gather an image into a token that knows
+    nothing of it. Windows of 7, or 4, or the whole grid, D/32 heads; BatchNorm in a frozen stage keeps its statistics
+    (`ghost_bn`); γ = 1. Two networks without a convolution are spliced like two with: the student in front. Networks of
+    three stages lend two.
 """
 
 from __future__ import annotations
@@ -89,6 +91,9 @@ class TASSpec(MethodSpec):
     """Weight of the assistant's cross-entropy to the labels."""
     vit_pool: Literal["avg", "cls"] = "avg"
     """The feature of a network with a class token: the mean of its patch tokens, or what its classifier reads."""
+    class_token: Literal["pooled", "copy"] = "pooled"
+    """What stands before the bridge's patches where the back network has a class token: a learned copy of it and, with
+    pooled, a linear map of the patches' mean."""
     add_pos: bool = False
     """Add the back network's position embeddings to the bridge's patches."""
     ghost_bn: bool = False
@@ -159,6 +164,7 @@ class TAS(Method):
             self.setting.image_size,
             self.setting.teacher_size,
             kind=spec.assistant,
+            summary=spec.class_token == "pooled",
             add_pos=spec.add_pos,
             ghost=spec.ghost_bn,
         )

@@ -362,6 +362,28 @@ def test_a_map_enters_a_vision_transformer_with_its_class_token():
     assert torch.allclose(own, t(images().images)[:1], atol=1e-5)
 
 
+def test_the_class_token_can_know_the_image():
+    """pooled: the same at first, then the copy plus what the linear layer makes of the patches' mean; copy: for all alike."""
+    method, s, t, step = make(VIT, "resnet8")
+    plain, *_ = make(VIT, "resnet8", class_token="copy")
+    assert method.assistant is not None
+    assert plain.assistant is not None
+    assert plain.assistant.summary is None
+    summary = method.assistant.summary
+    assert summary is not None
+    x = s.features(images().images).maps[-2]
+    assert torch.equal(method.assistant(x, t).logits, plain.assistant(x, t).logits)
+    step(images(), PROGRESS).total.backward()
+    assert gradients(summary) == {"weight"}
+    with torch.no_grad():
+        summary.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        bridged = method.assistant.bridge(x)
+        tokens = t.from_map(bridged)
+        first = method.assistant.prefix + (tokens.mean(1) @ summary.weight.T)[:, None]  # type: ignore[operator]
+        expected = t.tail(t.stage(t.n_stages, torch.cat([first, tokens], 1)))[1]
+        assert torch.allclose(method.assistant(x, t).logits, expected, atol=1e-5)
+
+
 def test_position_embeddings_can_be_added_to_the_patches():
     """add_pos changes what the back network sees, by what it adds to its own patches."""
     method, s, t, _ = make(VIT, "resnet8", add_pos=True)
