@@ -1,4 +1,4 @@
-"""What a method may have beside the student: followed values, alarms, measured networks, spliced passes, prepared teachers."""
+"""What a method may have beside the student: values followed, alarms, measured networks, spliced passes, teachers."""
 
 from __future__ import annotations
 
