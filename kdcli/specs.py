@@ -173,6 +173,8 @@ class SystemSpec(Section):
     """Arithmetic of the networks; losses are always computed in fp32."""
     compile: bool = False
     """Compile the training step with torch.compile: a minute at the start, faster steps after."""
+    cuda_graphs: bool = _aside(True)
+    """On a GPU, record the training step once and replay it: small networks wait for the host otherwise."""
     threads: int | None = _aside(None, ge=1, le=1024)
     """CPU threads; recorded, because the last bits depend on them; default: all cores."""
     workers: int = _aside(2, ge=0, le=256)

@@ -31,6 +31,7 @@ from kdcli.engine.signals import StopFlag
 from kdcli.engine.step import Step, StudentStep, TeacherStep, deploy
 from kdcli.errors import InputError
 from kdcli.inference import Use
+from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, parameters_of
 from kdcli.models.panel import Panel
@@ -347,6 +348,8 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
         student = make_network(spec, "student", method, values, dataset)
         teacher = None if taught is None else taught.network
         objective = make_method(spec, dataset, student, teacher)
+        if teacher is not None and not objective.needs_batchnorm():
+            teacher = folded(teacher)
         facts = _facts(spec, dataset, contents)
         if taught is not None:
             facts["teacher"] = taught.digests

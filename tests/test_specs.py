@@ -30,6 +30,7 @@ ASIDE = {
     "system.threads",
     "system.workers",
     "system.data_timeout",
+    "system.cuda_graphs",
     "system.nproc",
     "system.rank_timeout",
     "system.out",

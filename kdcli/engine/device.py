@@ -45,6 +45,20 @@ class Device:
         # torch's stubs lack the combination of device and memory format.
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """On a GPU, work on a stream of its own from here on: the default one cannot be recorded as a CUDA graph."""
+        if not self.cuda:
+            yield
+            return
+        before, own = torch.cuda.current_stream(self.torch), torch.cuda.Stream(self.torch)
+        own.wait_stream(before)
+        try:
+            with torch.cuda.stream(own):
+                yield
+        finally:
+            before.wait_stream(own)
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was given (for timing)."""
         if self.cuda:

@@ -6,19 +6,17 @@ what was measured. It never asks which method it trains.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcli import checkpoint, durable
@@ -27,9 +25,12 @@ from kdcli.data.randomness import mix
 from kdcli.engine import distributed, optim, state
 from kdcli.engine.device import Device, guarded
 from kdcli.engine.evaluate import evaluate
+from kdcli.engine.record import Recorder
 from kdcli.engine.signals import StopFlag, listening, stopped
 from kdcli.engine.step import Step, StepOutput, deploy
-from kdcli.errors import IncompatibleError, NotFiniteError, UsageError
+from kdcli.engine.totals import FOLLOWED, Totals
+from kdcli.engine.update import Update
+from kdcli.errors import IncompatibleError, UsageError
 from kdcli.inference import Use
 from kdcli.methods.base import Progress
 from kdcli.output import Story
@@ -37,8 +38,6 @@ from kdcli.runs import Run
 from kdcli.specs import TrainSpec
 
 _SAVE_SECONDS = 30.0
-_FOLLOWED = "followed."  # in front of the names of values that are not terms of the loss
-_READ_EVERY = 50  # steps between looks at the device's not-finite flag on a GPU
 
 
 @dataclass
@@ -101,7 +100,7 @@ def fit(job: Job) -> Fitted:
         WriteError: a state could not be written; the previous one is intact.
         OutOfMemoryError, WorkerError: as their names say.
     """
-    with guarded(), listening(job.stop):
+    with guarded(), listening(job.stop), job.device.stream():
         return _Training(job).run()
 
 
@@ -114,7 +113,7 @@ class _Training:
         self.module = device.place(job.step)
         self.optimizer = optim.optimizer(recipe, self.module, device.cuda, job.step.undecayed())
         self.average = self._averaged() if recipe.ema is not None else None
-        self.sums: dict[str, Tensor] = {}
+        self.totals = Totals(device.torch)
         self.at = 0  # optimiser steps done
         self.lines = 0  # lines of metrics.jsonl written
         self.best: dict[str, Any] | None = None
@@ -122,9 +121,10 @@ class _Training:
         self.per_epoch = job.train.steps
         self.total = recipe.epochs * self.per_epoch
         self.end = min(self.total, recipe.max_steps or self.total)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device.torch)
         self._resume()
-        self.forward = self._wrapped()
+        self.update = Update(job.step, self._wrapped(), self.optimizer, recipe, device, self.totals, job.run.state)
+        self.take = Recorder(self.update, job.story.note)
+        self.take.enabled = device.cuda and distributed.world() == 1 and self.spec.system.cuda_graphs
 
     def _averaged(self) -> AveragedModel:
         decay = self.recipe.ema
@@ -177,7 +177,7 @@ class _Training:
         if begun >= self.per_epoch or self.at >= self.end:
             return
         if begun == 0:
-            self.sums = {}
+            self.totals.clear()
         self.module.train()
         for batch in self.job.train.epoch(epoch, begun):
             self._step(epoch, batch)
@@ -188,91 +188,23 @@ class _Training:
                 self._save()
             if self.at >= self.end:
                 break
-        self._read_flag()
+        self.update.check()
 
     def _step(self, epoch: int, batch: Batch) -> None:
-        recipe, device = self.recipe, self.job.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = optim.rate(recipe, self.at, self.per_epoch)
+        recipe, seed = self.recipe, self.spec.seed
+        self.update.moment(self.at, self.total, self.per_epoch, optim.rate(recipe, self.at, self.per_epoch))
         # Dropout and its like draw from torch's own generator: seeded per step, a resumed run draws the same.
-        torch.manual_seed(mix(self.spec.seed, "step", self.at, distributed.rank()))
-        progress = Progress(
-            epoch=torch.tensor(float(epoch + 1), device=device.torch),
-            fraction=torch.tensor(self.at / self.total, device=device.torch),
-            odd_step=bool(self.at % 2),
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        output: StepOutput | None = None
-        parts = _parts(batch, recipe.accumulate)
-        count = batch.labels.shape[0]
-        bad = torch.zeros((), dtype=torch.bool, device=device.torch)
-        for number, part in enumerate(parts):
-            progress = replace(progress, seed=mix(self.spec.seed, "batch", self.at) + number)
-            share = part.labels.shape[0] / count * batch.weight
-            with _no_sync(self.forward, number < len(parts) - 1):
-                output = self.forward(part, progress)
-                (output.total if share == 1 else output.total * share).backward()
-            bad |= ~torch.isfinite(output.total.detach())
-            self._add(output, part.labels.shape[0] if batch.weight else 0)  # 0: a sample that keeps a rank busy
-        assert output is not None
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm(gradients)
-        bad |= ~torch.isfinite(norm)
-        self._guard(bad, output)
-        if recipe.clip_grad is not None:
-            scale = (recipe.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
-        self.optimizer.step()
+        torch.manual_seed(mix(seed, "step", self.at, distributed.rank()))
+        odd = bool(self.at % 2)
+        variant = self.job.step.variant(self.update.progress(odd=odd, seed=0))
+        output = self.take(batch, variant, odd=odd, seed=mix(seed, "batch", self.at))
         if self.average is not None:
             self.average.update_parameters(self.job.step.trained)
         self.at += 1
-        self.session_images += count * distributed.world()
+        self.update.check(self.at, output)
+        self.session_images += batch.labels.shape[0] * distributed.world()
         if self.at % 5 == 0:
             self.job.story.step(self.at, self._facts())
-
-    def _guard(self, bad: Tensor, output: StepOutput) -> None:
-        """Stop before the update if anything is not finite.
-
-        On the CPU the flag is read at once. On a GPU the fused optimiser skips the update where the flag is set, and the
-        host reads the recorded step at most every 50 steps, so that it never waits for the device inside an epoch.
-        """
-        if distributed.world() > 1:
-            bad = ~distributed.all_true(~bad)
-        if not self.job.device.cuda:
-            if bool(bad):
-                self._not_finite(self.at, output)
-            return
-        self.first_bad = torch.where((self.first_bad < 0) & bad, self.at, self.first_bad)
-        self.optimizer.found_inf = (self.first_bad >= 0).float()  # type: ignore[attr-defined]
-        if self.at % _READ_EVERY == 0:
-            self._read_flag(output)
-
-    def _read_flag(self, output: StepOutput | None = None) -> None:
-        if self.job.device.cuda and (step := int(self.first_bad.item())) >= 0:
-            self._not_finite(step, output)
-
-    def _not_finite(self, step: int, output: StepOutput | None) -> None:
-        terms = [] if output is None else [n for n, t in output.terms.items() if not bool(torch.isfinite(t))]
-        if terms:
-            what = f"the loss term {' and '.join(terms)}"
-        else:
-            names = [n for n, p in self.module.named_parameters() if p.grad is not None and not _finite(p.grad)]
-            what = f"the gradient of {names[0]}" if names else "a gradient"
-        raise NotFiniteError(
-            f"{what} is not finite at step {step}; the update was not applied, the last good state is in "
-            f"{self.job.run.state}",
-            hint="a smaller --lr, --clip-grad, or --precision fp32",
-        )
-
-    def _add(self, output: StepOutput, count: int) -> None:
-        """Add a part's terms, weighted by its images, to the epoch's running sums (on the device, float64)."""
-        followed = {f"{_FOLLOWED}{name}": value for name, value in output.followed.items()}
-        values = {**output.terms, **followed, "correct": output.correct / max(count, 1)}
-        for name, value in values.items():
-            term = value.double() * count
-            self.sums[name] = self.sums[name] + term if name in self.sums else term
-        images = torch.tensor(float(count), dtype=torch.float64, device=self.job.device.torch)
-        self.sums["images"] = self.sums["images"] + images if "images" in self.sums else images
 
     def _stop_code(self) -> int:
         """The stop flag; ranks agree on it every few steps, since asking costs a collective."""
@@ -313,10 +245,10 @@ class _Training:
     def _record(self, epoch: int, evaluated: _Measured | None) -> None:
         """One line for the epoch, in metrics.jsonl and on stderr."""
         # By name: a resumed run has its sums in the order of the file, and must add and write them alike.
-        sums = {name: distributed.sum_(value.clone()) for name, value in sorted(self.sums.items())}
+        sums = {name: distributed.sum_(value.clone()) for name, value in sorted(self.totals.values.items())}
         images = sums.pop("images").item()
         means = {name: value.item() / images for name, value in sums.items()}
-        followed = {name.removeprefix(_FOLLOWED): means.pop(name) for name in list(means) if name.startswith(_FOLLOWED)}
+        followed = {name.removeprefix(FOLLOWED): means.pop(name) for name in list(means) if name.startswith(FOLLOWED)}
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.at,
@@ -362,9 +294,9 @@ class _Training:
         return time.monotonic() - self.saved >= _SAVE_SECONDS
 
     def _save(self) -> None:
-        self._read_flag()
+        self.update.check()
         if distributed.world() > 1:
-            for _, value in sorted(self.sums.items()):  # each rank has its part; the first keeps the sum
+            for _, value in sorted(self.totals.values.items()):  # each rank has its part; the first keeps the sum
                 distributed.sum_(value)
                 if distributed.rank() != 0:
                     value.zero_()
@@ -377,7 +309,7 @@ class _Training:
                 "best": self.best,
                 "seconds": self.spent + time.monotonic() - self.started,
             }
-            tensors = state.pack(self.module, self.optimizer, self.average, self.sums)
+            tensors = state.pack(self.module, self.optimizer, self.average, self.totals.values)
             checkpoint.save_state(self.job.run.state, self.at, tensors, metadata)
         distributed.barrier()
         self.saved = time.monotonic()
@@ -402,52 +334,15 @@ class _Training:
                 "the last bits may differ"
             )
         self.at = metadata["step"]
-        self.sums = state.unpack(tensors, self.at, self.module, self.optimizer, self.average, self.job.device.torch)
+        self.totals.values = state.unpack(
+            tensors, self.at, self.module, self.optimizer, self.average, self.job.device.torch
+        )
         if distributed.rank() != 0:
-            self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+            self.totals.clear()
         self.lines, self.best, self.spent = metadata["lines"], metadata["best"], metadata["seconds"]
         if distributed.rank() == 0:
             durable.truncate_lines(self.job.run.metrics, self.lines)
         self.job.story.note(f"{self.job.title}: going on at step {self.at} of {self.end}")
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
-
-
-def _parts(batch: Batch, count: int) -> list[Batch]:
-    """The batch cut into at most `count` parts of nearly equal size, into equally many on every rank.
-
-    Ranks that hold an image more or less than others must not take another number of parts: each part may talk to the
-    other ranks.
-    """
-    n = batch.labels.shape[0]
-    ranks = distributed.world()
-    if ranks > 1:  # the share of the smallest part of the batch, which every rank can tell from its own
-        whole = round(n * ranks / batch.weight) if batch.weight else 0
-        count = min(count, max(1, whole // ranks))
-    if count == 1 or n == 1:
-        return [batch]
-    cuts = [round(i * n / count) for i in range(count + 1)]
-    return [
-        Batch(
-            batch.images[a:b],
-            batch.labels[a:b],
-            batch.index[a:b],
-            batch.weight,
-            tuple(x[a:b] for x in batch.extra),
-            None if batch.soft is None else batch.soft[a:b],
-        )
-        for a, b in itertools.pairwise(cuts)
-        if b > a
-    ]
-
-
-def _no_sync(forward: Any, more_to_come: bool) -> Any:
-    """DDP's `no_sync` for all but the last part of an accumulated batch."""
-    if more_to_come and isinstance(forward, DistributedDataParallel):
-        return forward.no_sync()
-    return torch.enable_grad()
 
 
 def check_batches(train: Loader, has_batchnorm: bool, recipe_batch: int) -> None:

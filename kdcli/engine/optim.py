@@ -41,11 +41,14 @@ def optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     fused = all(p.is_floating_point() for p in trainable.values())
+    # On a GPU the rate is a tensor, so that a recorded step reads the rate of the day.
+    device = next(iter(trainable.values())).device
+    lr = torch.tensor(spec.lr, device=device) if cuda else spec.lr
     if spec.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=spec.weight_decay, fused=fused, capturable=cuda)
     return torch.optim.SGD(
         groups,
-        lr=spec.lr,
+        lr=lr,
         momentum=spec.momentum,
         weight_decay=spec.weight_decay,
         nesterov=bool(spec.nesterov) and spec.momentum > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class Step(nn.Module):
         """Parameters that are to have no weight decay, whatever the recipe says."""
         return ()
 
+    def variant(self, progress: Progress) -> Hashable | None:
+        """What the host decides about a step, see `Method.variant`."""
+        return 0
+
 
 class StudentStep(Step):
     """A student learning from a frozen teacher (or from labels alone)."""
@@ -80,6 +85,9 @@ class StudentStep(Step):
     def undecayed(self) -> tuple[nn.Parameter, ...]:
         return self.method.undecayed()
 
+    def variant(self, progress: Progress) -> Hashable | None:
+        return self.method.variant(progress)
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""
         teacher = self._teacher[0]
@@ -104,6 +112,9 @@ class TeacherStep(Step):
     @property
     def trained(self) -> Network | Headed:  # type: ignore[override]
         return self.teacher
+
+    def variant(self, progress: Progress) -> Hashable | None:
+        return self.method.variant(progress)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of a batch: images [B,C,H,W], labels [B]."""

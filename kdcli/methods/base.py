@@ -8,6 +8,7 @@ optimised, synchronised over ranks and saved for resuming, and is not in the exp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_origin
 
@@ -224,6 +225,13 @@ class Method(nn.Module, ABC):
         backbone = teacher.network if isinstance(teacher, Headed) else teacher
         return backbone.features(views)
 
+    def needs_batchnorm(self) -> bool:
+        """Whether the teacher's BatchNorm layers do more than evaluation mode does (statistics of a batch); default no.
+
+        Where they do not, they are folded into the layers in front of them.
+        """
+        return False
+
     def joint_features(self, student: Features, teacher: Features | None) -> Features:
         """The student's features with what further passes through stages of both networks add to them; default: as they are.
 
@@ -253,6 +261,15 @@ class Method(nn.Module, ABC):
     def undecayed(self) -> tuple[nn.Parameter, ...]:
         """The method's own parameters that are to have no weight decay; default none."""
         return ()
+
+    def variant(self, progress: Progress) -> Hashable | None:
+        """What of a step of a student is decided on the host; None: something new at every step.
+
+        Steps of equal variants do the same to their tensors, so on a GPU one is recorded and replayed. Whoever reads
+        `progress.odd_step` or `progress.seed`, or draws random numbers otherwise than from torch's own generators, overrides
+        this; by default all steps are alike.
+        """
+        return 0
 
     def teacher_loss(self, batch: Batch, teacher: Features, progress: Progress) -> dict[str, Tensor]:
         """The weighted terms with which a teacher for this method is trained; default: {"ce"}, plain cross-entropy."""

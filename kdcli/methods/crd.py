@@ -21,6 +21,7 @@ Our reading: Z is fixed by the first batch, as in the code. Negatives are drawn 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import ClassVar, Literal
 
 import torch
@@ -128,6 +129,10 @@ class CRD(FeatureMethod):
         self.memory_s = self._updated(self.memory_s, index, gathered(e_s.detach(), batch))
         self.memory_t = self._updated(self.memory_t, index, gathered(e_t.detach(), batch))
         return terms
+
+    def variant(self, progress: Progress) -> Hashable | None:
+        """None: the compared entries are drawn from the step's seed."""
+        return None
 
     @torch.compiler.disable
     def contrast_index(self, batch: Batch, progress: Progress) -> Tensor:

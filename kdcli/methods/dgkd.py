@@ -14,6 +14,7 @@ Our reading: the released code averages the KL over the classes too (`reduction=
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import ClassVar, Literal
 
 import torch
@@ -58,6 +59,10 @@ class DGKD(LogitMethod):
         each = [divergence(s, self.prepare(t.logits), self.spec.temperature) for t in teaching]
         kept = self.kept(len(teaching), progress).to(s.device)  # type: ignore[call-arg]
         return {"kd": self.spec.kd_weight / share * (torch.stack(each) * kept).sum()}
+
+    def variant(self, progress: Progress) -> Hashable | None:
+        """None if networks are left out by draws from the step's seed."""
+        return None if self.spec.drop else 0
 
     @torch.compiler.disable
     def kept(self, count: int, progress: Progress) -> Tensor:

@@ -121,6 +121,10 @@ class OFD(FeatureMethod):
         """One pass of the student, its stages before their closing ReLU."""
         return preactivated(student.features(views))
 
+    def needs_batchnorm(self) -> bool:
+        """If the teacher uses the batch's statistics."""
+        return self.spec.teacher_bn == "batch"
+
     def teacher_features(self, teacher: Network | Headed | Panel, views: Tensor) -> Features:
         """One pass of the teacher, its stages before their closing ReLU, normalised as `teacher_bn` says."""
         return teacher_preactivations(teacher, views, self.spec.teacher_bn)

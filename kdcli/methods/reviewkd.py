@@ -149,6 +149,10 @@ class ReviewKD(FeatureMethod):
         features = student.features(views)
         return preactivated(features) if self.spec.student_taps == "preact" else features
 
+    def needs_batchnorm(self) -> bool:
+        """If the teacher uses the batch's statistics."""
+        return self.spec.teacher_bn == "batch"
+
     def teacher_features(self, teacher: Network | Headed | Panel, views: Tensor) -> Features:
         """One pass of the teacher, its stages before their closing ReLU, normalised as `teacher_bn` says."""
         return teacher_preactivations(teacher, views, self.spec.teacher_bn)

@@ -201,6 +201,10 @@ class TAS(Method):
             )
         return (made.maps[-1] if made.final is None else made.final).shape[1]
 
+    def needs_batchnorm(self) -> bool:
+        """If the assistant keeps statistics of its own for them."""
+        return self.spec.ghost_bn
+
     def joint_features(self, student: Features, teacher: Features | None) -> Features:
         """The student's features and, as its `assistants`, those of the hybrid assistant."""
         if self.assistant is None:

@@ -24,6 +24,7 @@ Our reading: the paper leaves much open. Where it is silent, the reading is that
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -223,6 +224,10 @@ class VSD(Method):
             "scale": spec.teacher_scale if role == "teacher" else 1,
             "scale_mode": spec.scale_mode,
         }
+
+    def variant(self, progress: Progress) -> Hashable | None:
+        """Every other step has another scale under `scale_policy=mixed`."""
+        return self.spec.scale_policy == "mixed" and progress.odd_step
 
     def student_views(self, batch: Batch, progress: Progress) -> Tensor:
         """[B*M,C,H,W], interleaved."""

@@ -113,10 +113,12 @@ class Stepped:
     """The step's state after the second step."""
 
 
-def resolved(name: str, teacher: str | None, student: str | None, command: str) -> RunSpec:
+def resolved(
+    name: str, teacher: str | None, student: str | None, command: str, settings: dict[str, Any] | None = None
+) -> RunSpec:
     values = {
         "command": command,
-        "method": name,
+        "method": {"name": name, **(settings or {})},
         "teacher": teacher,
         "student": student,
         "data": {"dataset": "synthetic"},
@@ -125,18 +127,22 @@ def resolved(name: str, teacher: str | None, student: str | None, command: str) 
 
 
 def make(
-    name: str, teacher: str | None, student: str | None, device: Device = CPU
+    name: str,
+    teacher: str | None,
+    student: str | None,
+    device: Device = CPU,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[RunSpec, Step, nn.Module | None]:
     """The step as `kd distill` (with a student) or `kd pretrain-teacher` (without) builds it."""
     data = dataset()
     if student is None:
-        spec = resolved(name, teacher, None, "pretrain-teacher")
+        spec = resolved(name, teacher, None, "pretrain-teacher", settings)
         method, values = methods.settings(spec)
         network = device.place(make_teacher(spec, method, values, data))
         objective = device.place(make_method(spec, data, None, network))
         use = Use(**method.inference(values, "teacher"))
         return spec, TeacherStep(objective, network, use, device).train(), None
-    spec = resolved(name, teacher, student, "distill")
+    spec = resolved(name, teacher, student, "distill", settings)
     method, values = methods.settings(spec)
     taught = None
     if teacher is not None:
