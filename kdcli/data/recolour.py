@@ -69,13 +69,14 @@ def further(policy: str | None, jitter: float, size: int, mean: tuple[float, flo
         policy: of RandAugment, or None.
         jitter: j; brightness, contrast and saturation change by factors uniform in [max(0, 1-j), 1+j], in random order.
     """
-    from torchvision.transforms import v2
+    jitters = jitter > 0 and (policy is None or "3a" in policy)
+    if policy is None and not jitters:
+        return None
+    from torchvision.transforms import v2  # slow to import
 
     steps: list[Transform] = []
     if policy is not None:
         steps.append(RandAugment(policy, size, mean))
-    if jitter > 0 and (policy is None or "3a" in policy):
+    if jitters:
         steps.append(v2.ColorJitter(jitter, jitter, jitter))
-    if not steps:
-        return None
     return steps[0] if len(steps) == 1 else v2.Compose(steps)
