@@ -24,7 +24,12 @@ print(code, *sorted(slow & set(sys.modules)), file=sys.stderr)
 def imported(directory: Path, *arguments: str) -> list[str]:
     """The exit code of a command, and the slow libraries that it imported."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, cwd=directory, check=True, env=environment()
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        check=True,
+        env=environment(),
     )
     return done.stderr.splitlines()[-1].split()
 
