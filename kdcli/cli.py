@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -203,6 +203,35 @@ def _linear_probe(
     return _answer(document, report.probe_table(document), request.json)
 
 
+def _bench(
+    request: Request,
+    *,
+    against: Annotated[
+        Literal["naive"] | None,
+        typer.Option(
+            "--against", help="Also time the way of the usual code bases, in turns: eager, NCHW, PIL workers."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps a round; default: about two seconds' worth, at least 3.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds, of which the median counts. [5]")] = 5,
+) -> None:
+    """Time a distillation, see where a step's time goes and how near it is to what the device can do; nothing is written.
+
+    kd bench --method kd --teacher wrn40_2 --student wrn16_2 --against naive
+
+    It needs no data: noise of the data set's shape stands in where there is none. All networks are fresh.
+    """
+    spec = _spec("distill", request)
+    if request.dry_run:
+        return _preview(spec, request)
+    from kdcli.bench import bench, bench_table
+
+    document = bench(spec, _story(request), against=against, steps=steps, rounds=rounds)
+    return _answer(document, bench_table(document), request.json)
+
+
 app.command("pretrain-teacher")(flags.command(_pretrain_teacher, leave_out=[*_STUDENT_ONLY, *_PROBE, "encoder"]))
 app.command("distill")(flags.command(_distill, leave_out=[*_PROBE, "encoder"]))
 app.command("fewshot")(flags.command(_fewshot, leave_out=[*_PROBE, "encoder", "ratio", "baseline"]))
@@ -210,6 +239,17 @@ app.command("linear-probe")(
     flags.command(
         _linear_probe,
         leave_out=[*_NETWORKS, "baseline", "encoder", "dataset", "ratio", "base_lr", "light_lr", "compile", "nproc"],
+    )
+)
+app.command("bench")(
+    flags.command(
+        _bench,
+        leave_out=[
+            *_PROBE,
+            *("encoder", "baseline", "pretrained", "teacher_pretrained", "teacher_lr", "max_steps", "eval_every"),
+            *("val_fraction", "nproc", "rank_timeout", "out", "runs_dir", "overwrite"),
+            *("checkpoint_every", "max_minutes", "requeue"),
+        ],
     )
 )
 
@@ -285,6 +325,10 @@ def _sweep(
         list[str] | None,
         typer.Option("--set", help="A setting of every run by its dotted name, such as seed=1; repeatable."),
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", min=1, help="Do up to this many runs at a time, each in a process of its own. [1]"),
+    ] = 1,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -303,7 +347,7 @@ def _sweep(
             story.note(line)
         lines = report.plan_lines(document)
         return _answer(document, lines, json_) if json_ or lines else None  # an empty line would be a command to xargs
-    document, error = sweep.carry_out(sweep_, only or [], set_ or [], story)
+    document, error = sweep.carry_out(sweep_, only or [], set_ or [], story, jobs)
     if error is not None:
         document |= output.failure("sweep", error)
     _answer(document, report.sweep_table(document), json_)

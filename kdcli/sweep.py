@@ -1,4 +1,4 @@
-"""`kd sweep`: the runs that a sweep file stands for, as a plan of shell commands or carried out one after another."""
+"""`kd sweep`: the runs that a sweep file stands for, as a plan of shell commands or carried out."""
 
 from __future__ import annotations
 
@@ -374,13 +374,31 @@ def _described(run: Planned) -> dict[str, Any]:
     return {**known, "run": run.directory or None, "needs": run.needs or None}
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a planned run ended.
+
+    Attributes:
+        done: what the sweep's document keeps of its summary; None if it has none.
+        error: what it failed with.
+        missing: the directory of a failed run that it requires, so that it was not begun.
+    """
+
+    done: dict[str, Any] | None = None
+    error: KdError | None = None
+    missing: str = ""
+
+
 def carry_out(
-    name: str, only: Sequence[str], sets: Sequence[str], story: Story
+    name: str, only: Sequence[str], sets: Sequence[str], story: Story, jobs: int = 1
 ) -> tuple[dict[str, Any], KdError | None]:
-    """Do the runs of a sweep one after another; its document, and the first failure.
+    """Do the runs of a sweep; its document, with the runs in the order of the plan, and the first failure in that order.
 
     A finished run is not repeated. A run that fails does not keep the others from being done, except those that need it.
     A stop signal, or the end of `system.max_minutes` (which is that of the whole sweep), stops the sweep.
+
+    Args:
+        jobs: 1: one after another in this process; more: up to so many at a time, each in a process of its own.
 
     Raises:
         Stopped: after saving; the same command goes on.
@@ -389,35 +407,55 @@ def carry_out(
     for run in planned:
         if run.spec is not None and (run.spec.system.nproc > 1 or "RANK" in os.environ):
             raise UsageError(
-                "a sweep runs in one process", field="system.nproc", hint=f"run the lines of kd sweep {name} --plan"
+                "a run of a sweep has one process",
+                field="system.nproc",
+                hint=f"run the lines of kd sweep {name} --plan",
             )
     minutes = next((run.spec.system.max_minutes for run in planned if run.spec is not None), None)
+    if jobs == 1:
+        ended = _one_by_one(planned, minutes, story)
+    else:
+        from kdcli.sweepjobs import side_by_side
+
+        ended = side_by_side(planned, jobs, minutes, story)
+    results = [_described(run) | _told(run, outcome) for run, outcome in zip(planned, ended, strict=True)]
+    document = envelope("sweep", table=name, about=load(name).about.model_dump(), runs=results)
+    return document, next((outcome.error for outcome in ended if outcome.error is not None), None)
+
+
+def _told(run: Planned, outcome: Outcome) -> dict[str, Any]:
+    """What the sweep's document says about the end of a run."""
+    if run.spec is None:
+        return {"status": "not available" if run.needs else "paper"}
+    if outcome.missing:
+        return {"status": "not run", "error": f"{outcome.missing} failed"}
+    if outcome.error is not None:
+        return {"status": "failed", "error": outcome.error.line(), "exit_code": outcome.error.code}
+    return outcome.done or {}
+
+
+def _one_by_one(planned: list[Planned], minutes: float | None, story: Story) -> list[Outcome]:
+    """Carry out the runs one after another in this process; how each ended."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    errors: list[KdError] = []
     failed: set[str] = set()
-    results = []
+    ended = []
     for position, run in enumerate(planned):
-        result = _described(run)
-        if run.spec is None:
-            result["status"] = "not available" if run.needs else "paper"
-        elif missing := [path for path in run.requires if path in failed]:
-            failed.add(run.directory)
-            result |= {"status": "not run", "error": f"{missing[0]} failed"}
-        else:
+        outcome = Outcome()
+        if run.spec is not None and (missing := [path for path in run.requires if path in failed]):
+            outcome = Outcome(missing=missing[0])
+        elif run.spec is not None:
             story.note(f"run {position + 1} of {len(planned)}: {run.line}")
             try:
-                result |= _done(_carried_out(run, deadline, story))
+                outcome = Outcome(done(_carried_out(run, deadline, story)))
             except Stopped:
                 raise
             except Exception as problem:  # a bug in one method shall not cost the night the others would have used
-                error = problem if isinstance(problem, KdError) else _bug(problem)
-                story.note(f"failed: {error.line()}")
-                errors.append(error)
-                failed.add(run.directory)
-                result |= {"status": "failed", "error": error.line(), "exit_code": error.code}
-        results.append(result)
-    document = envelope("sweep", table=name, about=load(name).about.model_dump(), runs=results)
-    return document, errors[0] if errors else None
+                outcome = Outcome(error=problem if isinstance(problem, KdError) else _bug(problem))
+                story.note(f"failed: {outcome.error.line() if outcome.error else ''}")
+        if outcome.missing or outcome.error is not None:
+            failed.add(run.directory)
+        ended.append(outcome)
+    return ended
 
 
 def _carried_out(run: Planned, deadline: float | None, story: Story) -> dict[str, Any]:
@@ -439,7 +477,7 @@ def _carried_out(run: Planned, deadline: float | None, story: Story) -> dict[str
     return document["runs"][-1] if "runs" in document else document  # with a baseline, which comes first
 
 
-def _done(summary: dict[str, Any]) -> dict[str, Any]:
+def done(summary: dict[str, Any]) -> dict[str, Any]:
     """What the sweep's document keeps of a run's summary: top-1 at the last epoch, the best one named as such."""
     test = summary["metrics"]["test"]
     modes = {mode: test[mode]["top1"] for mode in ("marginal", "aggregate") if mode in test}
