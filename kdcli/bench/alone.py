@@ -27,17 +27,20 @@ class Alone:
             views = method.student_views(batch, progress)
         labels = torch.arange(len(views), device=device.torch) % student.outputs
 
-        def teach() -> None:
-            if teacher is not None:
-                with torch.no_grad(), device.autocast():
-                    method.teacher_features(teacher, method.teacher_views(batch, progress))
+        def teach() -> list[Tensor]:
+            if teacher is None:
+                return []
+            with torch.no_grad(), device.autocast():
+                features = method.teacher_features(teacher, method.teacher_views(batch, progress))
+            # A compiler leaves out what nobody asks for.
+            return [features.logits, *features.heads, *(other.logits for other in features.assistants)]
 
         def learn() -> Tensor:
             with device.autocast():
                 logits = student(views)
             return F.cross_entropy(logits.float(), labels)
 
-        self._teach: Callable[[], None] = torch.compile(teach, dynamic=False) if compiled else teach
+        self._teach: Callable[[], list[Tensor]] = torch.compile(teach, dynamic=False) if compiled else teach
         self._learn: Callable[[], Tensor] = torch.compile(learn, dynamic=False) if compiled else learn
 
     def teacher(self, times: int) -> float:
@@ -53,7 +56,7 @@ class Alone:
 
         return self._each(learn, times)
 
-    def _each(self, function: Callable[[], None], times: int) -> float:
+    def _each(self, function: Callable[[], object], times: int) -> float:
         """Mean seconds, the device waited for each time, as where the parts of a step are timed."""
         self.device.synchronize()
         began = time.perf_counter()
