@@ -111,7 +111,7 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         mean=dataset.mean,
         std=dataset.std,
         image_size=dataset.image_size,
-        batch_size=spec.train.batch_size if train else _EVAL_BATCH,
+        batch_size=spec.train.batch_size if train else evaluation_batch(dataset.image_size, device),
         seed=spec.seed,
         augment=_augment(spec, dataset) if train else "none",
         device=device.torch,
@@ -127,6 +127,11 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         mixing=mixing,
         classes=len(dataset.classes),
     )
+
+
+def evaluation_batch(image_size: int, device: Device) -> int:
+    """Images at a time in evaluations: 250, on a GPU more of the small ones, since few would not fill it."""
+    return max(_EVAL_BATCH, min(2000, 2**21 // image_size**2)) if device.cuda else _EVAL_BATCH
 
 
 def recipe_of(spec: RunSpec) -> TrainSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from typing import Any
@@ -9,14 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcli import methods, output, teachers
-from kdcli.building import load_data, make_method, make_network, make_teacher, recipe_of
+from kdcli import memory, methods, output, teachers
+from kdcli.building import (
+    evaluation_loaders,
+    load_data,
+    make_loader,
+    make_method,
+    make_network,
+    make_teacher,
+    recipe_of,
+)
 from kdcli.data.dataset import DataSet
-from kdcli.data.loader import Batch
+from kdcli.data.loader import Batch, Loader
 from kdcli.engine.device import Device, guarded, open_device
-from kdcli.engine.step import StudentStep, TeacherStep, deploy
+from kdcli.engine.step import Step, StudentStep, TeacherStep, deploy
 from kdcli.inference import Use
+from kdcli.memory import Training
 from kdcli.methods.base import Progress
+from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, stage_shapes
 from kdcli.models.panel import Panel
@@ -29,7 +40,8 @@ _FEW = 4  # images in the smallest step that is timed
 def preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
     """The resolved spec, the networks with their taps, the views, the steps, and an estimate of time and memory.
 
-    Time and memory are measured on steps of 4 and 16 images and carried over to the batch.
+    Everything is set up as the run does it. Time is measured on steps of 4 and 16 images and carried over to the batch,
+    memory is counted for the whole batch (`memory.estimate`).
 
     Raises:
         KdError: whatever would stop the run before its first step.
@@ -39,11 +51,13 @@ def preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
 
 
 def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
+    device = open_device(spec.system)
     dataset = load_data(spec)
     method, values = methods.settings(spec)
-    device = open_device(spec.system)
     networks: dict[str, Any] = {}
     teacher: Network | Headed | Panel | None = None
+    trainings: list[Training] = []
+    loaders: list[Loader] = []
     if spec.command == "pretrain-teacher":
         assert spec.teacher is not None
         file = teachers.named_file(spec.teacher)
@@ -54,15 +68,23 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
         step: Any = TeacherStep(make_method(spec, dataset, None, teacher), teacher, use, device)
     else:
         if method.needs_teacher:
-            teacher = _teacher(spec, dataset)
+            teacher, wanted = _teacher(spec, dataset)
             scale = Use(**method.inference(values, "teacher")).scale
             networks["teacher"] = _network(teacher, dataset.image_size * scale)
-            teacher.requires_grad_(False)
+            if wanted is not None:
+                trainings.append(_before(wanted, teacher, loaders, device))
+            teacher.requires_grad_(False).eval()
+            device.place(teacher)
         student = make_network(spec, "student", method, values, dataset)
         networks["student"] = _network(student, dataset.image_size)
         use = Use(**method.inference(values, "student"))
-        step = StudentStep(make_method(spec, dataset, student, teacher), student, teacher, use, device)
-    cost = _cost(spec, step, teacher, dataset, device)
+        objective = make_method(spec, dataset, student, teacher)
+        if teacher is not None and not objective.needs_batchnorm():
+            teacher = folded(teacher)
+        step = StudentStep(objective, student, teacher, use, device)
+    trainings.append(_training(spec, step, use, dataset, loaders, device))
+    cost = {"memory_mib": round(memory.estimate(trainings))}
+    cost |= _cost(spec, step, teacher, dataset, device)
     steps = math.ceil(len(dataset.train) / spec.train.batch_size)
     recipe = recipe_of(spec)
     total = min(steps * recipe.epochs, recipe.max_steps or steps * recipe.epochs)
@@ -80,18 +102,48 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
     return document, _text(document)
 
 
-def _teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed | Panel:
-    """Who teaches: files where there are any, else fresh networks, since only shapes and speed matter here."""
+def _training(spec: RunSpec, step: Step, use: Use, dataset: DataSet, loaders: list[Loader], device: Device) -> Training:
+    """The training of `step`, with all that stands ready before it begins; its loaders are added to `loaders`."""
+    tests = list(evaluation_loaders(spec, dataset, device).values())
+    loaders += [make_loader(spec, dataset, dataset.train, device, train=True), *tests]
+    ranks = memory.ranks_of(spec.system.nproc)
+    return Training(
+        device.place(step),
+        use,
+        device,
+        recipe_of(spec),
+        lambda count: _batch(spec, count, dataset, device),
+        images=min(math.ceil(spec.train.batch_size / ranks), len(dataset.train)),
+        evaluated=max(min(loader.batch_size, len(loader.split)) for loader in tests),
+        ranks=ranks,
+    )
+
+
+def _before(wanted: RunSpec, teacher: Network | Headed | Panel, loaders: list[Loader], device: Device) -> Training:
+    """The training of a teacher that there is none of yet: it takes place in the same process, before the student's."""
+    method, values = methods.settings(wanted)
+    dataset = load_data(wanted)
+    network = copy.deepcopy(teacher.teacher if isinstance(teacher, Panel) else teacher)
+    use = Use(**method.inference(values, "teacher"))
+    step = TeacherStep(make_method(wanted, dataset, None, network), network, use, device)
+    return _training(wanted, step, use, dataset, loaders, device)
+
+
+def _teacher(spec: RunSpec, dataset: DataSet) -> tuple[Network | Headed | Panel, RunSpec | None]:
+    """Who teaches, and the spec of the teacher if it is to be trained first.
+
+    Files where there are any, else fresh networks, since only shapes and speed matter here.
+    """
     method, _ = methods.settings(spec)
     if spec.assistant and method.assistants == "last":
-        return _assistant(spec, len(spec.assistant) - 1, dataset)
-    teacher = _main_teacher(spec, dataset)
+        return _assistant(spec, len(spec.assistant) - 1, dataset), None
+    teacher, wanted = _main_teacher(spec, dataset)
     main = deploy(teacher)
     assert isinstance(main, Network)
     others = [_assistant(spec, i, dataset) for i in range(len(spec.assistant))]
-    for wanted in teachers.prepared_for(spec, main.arch):
-        others.append(make_network(wanted, "student", *methods.settings(wanted), dataset))
-    return Panel(main, others) if others else teacher
+    for other in teachers.prepared_for(spec, main.arch):
+        others.append(make_network(other, "student", *methods.settings(other), dataset))
+    return (Panel(main, others) if others else teacher), wanted
 
 
 def _assistant(spec: RunSpec, position: int, dataset: DataSet) -> Network:
@@ -102,18 +154,18 @@ def _assistant(spec: RunSpec, position: int, dataset: DataSet) -> Network:
     return make_network(wanted, "student", *methods.settings(wanted), dataset)
 
 
-def _main_teacher(spec: RunSpec, dataset: DataSet) -> Network | Headed:
+def _main_teacher(spec: RunSpec, dataset: DataSet) -> tuple[Network | Headed, RunSpec | None]:
     assert spec.teacher is not None
     file = teachers.named_file(spec.teacher)
     if file is None:
         wanted, file = teachers.find(spec)
         if file is None:
             method, values = methods.settings(spec)
-            return make_teacher(wanted, method, values, dataset)
+            return make_teacher(wanted, method, values, dataset), wanted
     loaded = load_network(file)
     compare_classes(loaded.metadata, dataset, loaded.path)
     teachers.check(loaded, spec, len(dataset.classes))
-    return loaded.network
+    return loaded.network, None
 
 
 def _network(network: Network | Headed | Panel, size: int) -> dict[str, Any]:
@@ -141,22 +193,6 @@ def _network(network: Network | Headed | Panel, size: int) -> dict[str, Any]:
     return described
 
 
-class _SavedBytes:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
-
-    def __init__(self) -> None:
-        self.storages: dict[int, int] = {}
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
-
-
 def _batch(spec: RunSpec, count: int, dataset: DataSet, device: Device) -> Batch:
     method, values = methods.settings(spec)
     size = dataset.image_size
@@ -167,7 +203,7 @@ def _batch(spec: RunSpec, count: int, dataset: DataSet, device: Device) -> Batch
 
 
 def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Device) -> dict[str, Any]:
-    """Views, seconds a step and MiB, measured on steps of a few images and carried over to the batch."""
+    """Views and seconds a step, measured on steps of a few images and carried over to the batch."""
     size = spec.train.batch_size
     progress = Progress(torch.ones((), device=device.torch), torch.zeros((), device=device.torch), False)
     device.place(step).train()
@@ -198,16 +234,7 @@ def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet,
         estimate = at_more + per_image * (size - more)
     else:
         estimate = at_few * size / len(few.labels)
-    saved = _SavedBytes()
-    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-        step(few, progress)
-    learned = sum(p.numel() * p.element_size() for p in step.parameters() if p.requires_grad)
-    frozen = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
-    resident = [split.images for split in (dataset.train, dataset.test) if split.images is not None]
-    images = sum(held.nbytes for held in resident)
-    activations = max(0, saved.total - learned) * size / len(few.labels) / spec.train.accumulate
     cost["seconds_per_step"] = round(estimate, 4)
-    cost["memory_mib"] = round((3 * learned + frozen + activations + images) / 2**20)
     return cost
 
 

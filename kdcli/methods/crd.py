@@ -11,7 +11,9 @@ Source: Tian et al. 2020, arXiv 1910.10699, Eq. 17-19; numbers equal to RepDisti
     128 dimensions (CRD's tables; ImageNet too). `kd_weight=1` gives their "CRD+KD".
 Tensors: the pooled vectors of both networks, the images' labels and positions in the training set.
 Cost: one teacher forward; two linear layers (wrn40_2 → wrn16_2: 33,024 parameters); two banks of n x 128 numbers (CIFAR-100:
-    49 MiB, ImageNet 1.25 GiB), on each rank; B x n inner products with each, or B x K where n is far larger.
+    49 MiB, ImageNet 1.25 GiB), on each rank; B x n inner products with each, or B x K where n is far larger. Memory in a
+    step, beside the banks: 4·2·128·n bytes for their successors (49 MiB again) and about 8·B·(2n + 3K) for products and
+    gradients (n > K): with n = 50,000 and K = 16384 counted 120 MiB more than KD at B = 64, 330 at 256.
 Our reading: Z is fixed by the first batch, as in the code. Negatives are drawn with replacement on the device, where the code
     draws without it wherever there are enough candidates (`replacement=false`): of 16384 negatives among 49500 about a
     seventh are repeats, which changes the variance of the sum but not its mean, and drawing for a batch of 64 takes a sixth

@@ -10,6 +10,8 @@ Source: Park et al. 2019, arXiv 1904.05068, Section 3.2; numbers equal to RepDis
 Tensors: the pooled vectors of both networks.
 Cost: one teacher forward; no extra parameters; B² · C differences and B³ angles, B being the whole batch of all
     ranks. Above 2²⁴ of them they are computed (and in the backward pass computed again) for a few images i at a time.
+    Memory in a step: 4·(B²·C + B³) bytes for each network, no more than 64 MiB of them at once, and as much again for
+    the loss: counted 7 MiB more than KD at B = 64, 37 at 128, 100 at 256 (wrn40_2 → wrn16_2, C = 128).
 """
 
 from __future__ import annotations
