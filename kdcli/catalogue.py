@@ -1,13 +1,13 @@
-"""What there is: listings, inspection of networks, import and verification of checkpoints."""
+"""What there is: listings, inspection of networks, import of checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from kdcli import checkpoint, presets
-from kdcli.errors import InputError, KdError, UsageError, nearest
-from kdcli.output import envelope, printable, table
+from kdcli import presets
+from kdcli.errors import UsageError, nearest
+from kdcli.output import envelope, table
 
 _LISTS = ("methods", "models", "datasets", "presets")
 
@@ -100,35 +100,3 @@ def imported(
     document = envelope("import", checkpoint=str(out), **result)
     lines = [f"{out}: {arch}, {result['outputs']} outputs, {result['tensors']} tensors, digest {result['digest']}"]
     return document, "\n".join([*lines, *result["notices"]])
-
-
-def verified(paths: list[Path]) -> tuple[dict[str, Any], str, KdError | None]:
-    """`kd verify`: every byte of every file; the first failure as an error to leave with. Imports no torch."""
-    results: list[dict[str, Any]] = []
-    error: KdError | None = None
-    for path in paths:
-        try:
-            for file in _checkpoints(path):
-                results.append(checkpoint.verify(file))
-        except KdError as problem:
-            results.append({"path": str(path), "ok": False, "error": problem.line()})
-            error = error or problem
-    lines = [
-        f"ok       {printable(str(r['path']))}  {r['role']}, {r['tensors']} tensors"
-        if r["ok"]
-        else f"damaged  {printable(str(r['path']))}  {r['error']}"
-        for r in results
-    ]
-    document = envelope("verify", files=results)
-    document["ok"] = error is None
-    return document, "\n".join(lines), error
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    """A file is itself; of a run directory every checkpoint in it, resume states too."""
-    if not path.is_dir():
-        return [path]
-    found = sorted([*path.glob("*.safetensors"), *path.glob("state/*.safetensors")])
-    if not found:
-        raise InputError(f"{path} holds no checkpoint")
-    return found

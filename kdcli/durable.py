@@ -49,10 +49,11 @@ def write_error(path: str | os.PathLike[str], problem: OSError) -> WriteError:
     return WriteError(f"cannot write {os.fspath(path)}: {reason} [{name}]", hint=hint)
 
 
-def write_bytes(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -> None:
+def write_bytes(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer], *, sync: bool = True) -> None:
     """Replace `path` by `data` (one buffer, or several written one after the other) durably.
 
-    The mode is 0666 less the umask. Replacing a hard-linked file leaves its other names as they were.
+    The mode is 0666 less the umask. Replacing a hard-linked file leaves its other names as they were. With `sync=False`
+    a reader still sees the old content or the new, but either may be gone after a power cut.
 
     Raises:
         WriteError: any failure of the system, or `path` is a directory, a link, a FIFO or a device. What was at `path`
@@ -69,7 +70,8 @@ def write_bytes(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -
             try:
                 for buffer in buffers:
                     _write_all(fd, buffer)
-                os.fsync(fd)
+                if sync:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             os.rename(temp, path)
@@ -77,7 +79,8 @@ def write_bytes(path: str | os.PathLike[str], data: Buffer | Sequence[Buffer]) -
             with contextlib.suppress(OSError):
                 os.unlink(temp)
             raise
-        sync_dir(path.parent)
+        if sync:
+            sync_dir(path.parent)
     except OSError as problem:
         raise write_error(path, problem) from None
 
@@ -89,7 +92,10 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         ValueError: `obj` holds NaN or an infinity, which JSON cannot express.
         WriteError: as `write_bytes`.
     """
-    write_bytes(path, (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    # A path that is not UTF-8 holds lone surrogates, which JSON can only hold escaped.
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    write_bytes(path, (text + "\n").encode())
 
 
 def append_line(path: str | os.PathLike[str], text: str) -> None:

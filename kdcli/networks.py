@@ -12,11 +12,14 @@ from torch import nn
 
 from kdcli import checkpoint
 from kdcli.data.dataset import DataSet
-from kdcli.errors import IncompatibleError, InputError, NotFiniteError
+from kdcli.data.transforms import evaluated_side
+from kdcli.errors import IncompatibleError, InputError, NotFiniteError, UsageError
 from kdcli.inference import Classifier, Use
+from kdcli.metadata import require_network
 from kdcli.models import arch_spec, from_arch_spec
 from kdcli.models.heads import Headed, from_heads_spec, heads_spec
 from kdcli.models.network import Network
+from kdcli.transforms import check
 
 
 @dataclass
@@ -55,12 +58,34 @@ def load_network(path: str | Path) -> Loaded:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NotFiniteError(f"{file}: the tensor {name} is not finite", hint="train it again")
-    backbone = from_arch_spec(metadata["arch"])
-    network: Network | Headed = backbone
-    if heads := metadata.get("heads"):
-        network = Headed(backbone, from_heads_spec(heads, backbone))
+    require_network(metadata, file)
+    network = _built(metadata, tensors, file)
     _load(network, tensors, file)
     return Loaded(network.eval(), metadata, Use.of(metadata), metadata["digest"], file)
+
+
+def _built(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> Network | Headed:
+    """The network that the metadata describe, with weights still to be filled in.
+
+    Its shapes are compared before it gets any memory: a small file must not be able to ask for a huge network.
+    """
+
+    def build() -> Network | Headed:
+        backbone = from_arch_spec(metadata["arch"])
+        heads = metadata.get("heads")
+        return backbone if heads is None else Headed(backbone, from_heads_spec(heads, backbone))
+
+    try:
+        check(metadata.get("inference", {}).get("transform", "none"))
+        with torch.device("meta"):
+            expected = tensors_of(build())
+        for name, like in expected.items():
+            if name in tensors and tensors[name].shape != like.shape:
+                found = f"{name} is {list(tensors[name].shape)}, not {list(like.shape)}"
+                raise IncompatibleError(f"{file} does not fit its architecture: {found}")
+        return build()
+    except UsageError as problem:  # no network of that name; taps it does not have
+        raise IncompatibleError(f"{file}: {problem.message}", hint="upgrade kd, or make the checkpoint again") from None
 
 
 def _load(network: Network | Headed, tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -104,6 +129,7 @@ def describe(network: Network | Headed, dataset: DataSet, use: Use) -> dict[str,
         "arch": arch_spec(backbone),
         "classes": list(dataset.classes),
         "image_size": dataset.image_size,
+        "resize": evaluated_side(dataset.image_size, files=dataset.test.images is None),
         "normalization": {"mean": list(dataset.mean), "std": list(dataset.std)},
         "dataset": dataset.name,
         "inference": {"transform": use.transform, "scale": use.scale, "scale_mode": use.scale_mode},

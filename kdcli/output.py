@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kdcli.errors import KdError, WriteError
@@ -23,26 +24,57 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-def answer(text: str) -> None:
+def one_line(text: str) -> str:
+    """`text`, such as a path, on one line: newlines and tabs made visible too, and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def answer(text: str) -> bool:
     """Write the answer to stdout.
 
+    Returns:
+        Whether anybody still reads it: False once the pipe was closed.
+
     Raises:
-        WriteError: stdout cannot be written (exit 5). A closed pipe ends the program quietly.
+        WriteError: stdout cannot be written (exit 5).
     """
+    text = text if text.endswith("\n") else text + "\n"
     try:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:  # a terminal of another encoding, or a name that is not UTF-8
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has what it wanted; keep the interpreter's own flush at exit from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
     except OSError as problem:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise WriteError(f"cannot write to stdout: {problem.strerror}") from None
+    return True
 
 
 def document(values: dict[str, Any]) -> str:
-    """One JSON document as text; NaN is refused rather than written, since it is not JSON."""
-    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    """One JSON document as text; NaN is refused rather than written, since it is not JSON.
+
+    Control characters and bytes of names that are not UTF-8 are escaped, so that a reader gets them and a terminal not.
+    """
+    return _escaped(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """As `document`, on one line."""
+    return _escaped(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", _escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def envelope(command: str, **values: Any) -> dict[str, Any]:
@@ -74,7 +106,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.2f}"
-    return printable(str(value))
+    return one_line(str(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -90,7 +122,6 @@ class Story:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bar: Any = None
-        self._task: Any = None
         self._drawn = 0.0
 
     def note(self, text: str) -> None:
@@ -98,37 +129,31 @@ class Story:
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(printable(text), markup=False, highlight=False)
+            self._bar.console.print(one_line(text), markup=False, highlight=False)
         else:
-            self._write(printable(text))
+            self._write(one_line(text))
+
+    def warn(self, text: str) -> None:
+        """One line about something that went wrong without ending the work; said even when quiet."""
+        quiet, self.quiet = self.quiet, False
+        self.note(text)
+        self.quiet = quiet
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         """Start following `steps` steps of training, evaluation or probing."""
         if self.quiet or not sys.stderr.isatty():
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from kdcli.bar import Bar
 
         self.end()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, no_color="NO_COLOR" in os.environ),
-            transient=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task(printable(title), total=steps, completed=done, facts="")
+        self._bar = Bar(one_line(title), steps, done)
 
-    def step(self, done: int, facts: str = "") -> None:
-        """`done` steps are done; drawn at most ten times a second, and `facts` should cost nothing to make."""
+    def step(self, done: int, facts: Callable[[], str] | None = None) -> None:
+        """`done` steps are done; drawn at most ten times a second. `facts`: what else to say, made only when drawn."""
         if self._bar is None or time.monotonic() - self._drawn < 0.1:
             return
         self._drawn = time.monotonic()
-        self._bar.update(self._task, completed=done, facts=facts)
+        self._bar.update(done, "" if facts is None else one_line(facts()))
 
     def end(self) -> None:
         """Stop following."""

@@ -42,6 +42,28 @@ def hold(directory: str | os.PathLike[str]) -> Iterator[None]:
         os.close(fd)
 
 
+def is_held(directory: str | os.PathLike[str]) -> bool | None:
+    """Whether some process works in a directory; None where that cannot be found out.
+
+    It asks by taking a shared lock for an instant, in which a run that starts would be refused: not to be asked often.
+    """
+    try:
+        fd = os.open(Path(directory) / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return False
+
+
 def _lock(fd: int, path: Path) -> None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # the process number is written into it

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdcli import durable
-from kdcli.errors import IncompatibleError
+from kdcli.errors import IncompatibleError, InputError, UsageError, WriteError
+from kdcli.metadata import require_summary
 from kdcli.runlock import hold
 from kdcli.specs import RunSpec
 
-_OWN = ("spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors", "teacher.safetensors")
+CARD = "MODEL_CARD.md"
+_OWN = ("spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors", "teacher.safetensors", CARD)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Run:
         return self.directory / "metrics.jsonl"
 
     def summary(self) -> dict[str, Any]:
-        """The summary of a finished run."""
-        return durable.read_json(self.directory / "summary.json")
+        """The summary of a finished run. Raises InputError if it is none."""
+        path = self.directory / "summary.json"
+        return require_summary(durable.read_json(path), path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the resume state it no longer needs."""
@@ -128,11 +131,16 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
         yield Run(directory, _status(directory), digest, spec)
         return
     durable.make_dir(directory)
+    aside = directory / ".replaced"
     with hold(directory):
+        for own in (directory / "state", aside):  # a planted link would move, or clean up, files that are not ours
+            if own.is_symlink():
+                raise WriteError(f"cannot write in {own}: it is a symbolic link", hint="remove the link")
+            if os.path.lexists(own) and not own.is_dir():  # a FIFO among them, on which `rmtree` would wait for ever
+                raise WriteError(f"cannot write in {own}: it is not a directory", hint="remove it")
         durable.clean_temps(directory)
         if (directory / "state").is_dir():
             durable.clean_temps(directory / "state")
-        aside = directory / ".replaced"
         if aside.is_dir() and not (directory / "spec.json").exists():  # killed before the new run had begun
             _move(aside, directory)
         if spec.system.overwrite:
@@ -152,6 +160,8 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
             durable.write_json(directory / "spec.json", stored.model_dump(mode="json"))
         else:
             _refuse_drift(directory, mine)
+        if status == "finished":
+            shutil.rmtree(directory / "state", ignore_errors=True)  # it may have been killed before it had cleared up
         try:
             yield Run(directory, status, digest, spec)
         except BaseException:
@@ -183,9 +193,12 @@ def _move(source: Path, target: Path) -> None:
 
 def _withdraw(directory: Path) -> None:
     """Remove a run directory in which no run began; anything else in it stays, and so does the directory then."""
-    for name in ("spec.json", "env.json", "metrics.jsonl", ".lock"):
-        with contextlib.suppress(OSError):
-            (directory / name).unlink()
+    # The spec goes last: killed or failing in between, this is a run that has not begun, and not somebody else's folder.
+    for name in ("env.json", "metrics.jsonl", "spec.json", ".lock"):
+        try:
+            (directory / name).unlink(missing_ok=True)
+        except OSError:
+            return
     with contextlib.suppress(OSError):
         directory.rmdir()
 
@@ -193,7 +206,11 @@ def _withdraw(directory: Path) -> None:
 def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
     from kdcli.specs import validate
 
-    stored = validate(RunSpec, durable.read_json(directory / "spec.json"))
+    file = directory / "spec.json"
+    try:
+        stored = validate(RunSpec, durable.read_json(file))
+    except UsageError as problem:
+        raise InputError(f"{file} is not the spec of a run: {problem.line()}", hint="name another directory") from None
     old, new = flat(stored.identity()), flat(mine)
     for key, value in new.items():
         if "content:" in str(value) and key in old:

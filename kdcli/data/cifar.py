@@ -100,10 +100,10 @@ def read(request: Request) -> DataSet:
         WriteError: an archive could not be unpacked.
     """
     layout = LAYOUTS[request.name]
-    found = _find(request.root, layout)
+    found = find(request.root, layout)
     if found is None:
         _unpack(request, layout)
-        found = _find(request.root, layout)
+        found = find(request.root, layout)
     if found is None:
         raise request.missing(
             [f"{layout.binary}/{layout.train[0]}", f"{layout.python}/{layout.python_train[0]}", *layout.archives]
@@ -131,7 +131,7 @@ def read(request: Request) -> DataSet:
     )
 
 
-def _find(root: Path, layout: Layout) -> tuple[Path, bool] | None:
+def find(root: Path, layout: Layout) -> tuple[Path, bool] | None:
     """The folder that holds the set, and whether it is the binary layout."""
     for folder in (root, root / layout.binary):
         if (folder / layout.train[0]).is_file():

@@ -15,6 +15,7 @@ from kdcli.data.randomness import generator
 from kdcli.data.request import Request
 from kdcli.errors import InputError
 
+_TESTS = ("val", "validation", "test")
 RESIDENT_UP_TO = 96
 """Largest image side that is decoded once and kept: above it, training crops from the whole file instead."""
 
@@ -34,13 +35,16 @@ def read(request: Request) -> DataSet:
     root = _root(request)
     walk = Walk(root)
     found = {name: root / name for name in walk.folders(root)}
-    tests = [name for name in ("val", "validation", "test") if name in found and walk.folders(found[name])]
+    tests = [name for name in _TESTS if name in found and walk.folders(found[name])]
     notes: tuple[str, ...] = ()
     if "train" in found and tests:
         classes, paths, labels = _tree(walk, found["train"])
         splits = {"train": (paths, labels), "test": _like(walk, found[tests[-1]], classes)}
         if len(tests) > 1:
             splits["val"] = _like(walk, found[tests[0]], classes)
+    elif "train" in found and (flat := next((name for name in _TESTS if name in found), None)):
+        # As one set this would be two classes, "train" and "val": it trains, and means nothing.
+        raise InputError(f"{found[flat]} has no class folders", hint="sort its images into one folder a class")
     else:
         only_train = list(found) == ["train"]
         classes, paths, labels = _tree(walk, found["train"] if only_train else root)

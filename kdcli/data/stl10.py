@@ -40,10 +40,10 @@ def read(request: Request) -> DataSet:
         InputError: missing, truncated or damaged.
         WriteError: an archive could not be unpacked.
     """
-    folder = _find(request.root)
+    folder = find(request.root)
     if folder is None:
         _unpack(request)
-        folder = _find(request.root)
+        folder = find(request.root)
     if folder is None:
         raise request.missing([f"{FOLDER}/train_X.bin", ARCHIVE])
     classes = lines(folder / "class_names.txt")
@@ -52,7 +52,8 @@ def read(request: Request) -> DataSet:
     return DataSet(request.name, tuple(classes), request.size, mean, std, train, test)
 
 
-def _find(root: Path) -> Path | None:
+def find(root: Path) -> Path | None:
+    """The folder that holds the set: `root` itself, or the official one in it."""
     return next((folder for folder in (root, root / FOLDER) if (folder / "train_X.bin").is_file()), None)
 
 

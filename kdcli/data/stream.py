@@ -251,9 +251,8 @@ def _quiet_children() -> Iterator[None]:
 
 
 def _gave_up(reason: str) -> WorkerError:
-    return WorkerError(
-        reason, hint="--resume goes on; --workers 0 reads in the main process, --data-timeout waits longer"
-    )
+    hint = "the same command goes on; --workers 0 reads in the main process, --data-timeout waits longer"
+    return WorkerError(reason, hint=hint)
 
 
 def _as_is(batch: Any) -> Any:

@@ -38,10 +38,10 @@ def read(request: Request) -> DataSet:
         InputError: missing, damaged, hostile, or with images that cannot be used (all of them are named).
         WriteError: the archive could not be unpacked.
     """
-    root = _find(request.root)
+    root = find(request.root)
     if root is None:
         _unpack(request)
-        root = _find(request.root)
+        root = find(request.root)
     if root is None:
         raise request.missing([f"{FOLDER}/train/<wnid>/images", ARCHIVE])
     walk = Walk(root)
@@ -76,7 +76,7 @@ def read(request: Request) -> DataSet:
     )
 
 
-def _find(root: Path) -> Path | None:
+def find(root: Path) -> Path | None:
     """The folder whose train/ holds <wnid>/images, so that another set's train/ in `root` is not mistaken for it."""
     for folder in (root / FOLDER, root):
         if next((folder / "train").glob("*/images"), None) is not None and (folder / "val").is_dir():

@@ -23,14 +23,22 @@ class _Square:
         return square(image, self.size)
 
 
-class _Evaluation:
-    """ImageNet's evaluation view: shorter side S*256/224, centre S (METHODS 2.2)."""
+def evaluated_side(size: int, *, files: bool) -> int:
+    """What the shorter side of an image is brought to, in pixels, before its centre of `size` is evaluated.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Files of at least 128 pixels are seen with ImageNet's margin: S*256/224 (METHODS 2.2); all else whole.
+    """
+    return int(size * 256 / 224) if files and size >= 128 else size
+
+
+class Evaluation:
+    """The evaluation view: the shorter side brought to `side`, then the centre of `size`, in pixels."""
+
+    def __init__(self, size: int, side: int) -> None:
+        self.size, self.side = size, side
 
     def __call__(self, image: Tensor) -> Tensor:
-        return centre(shorter_side(image, int(self.size * 256 / 224)), self.size)
+        return centre(shorter_side(image, self.side), self.size)
 
 
 class Flipped:
@@ -60,7 +68,7 @@ def transform(size: int, augment: str, *, train: bool, files: bool) -> Transform
     of at least 128 pixels with ImageNet's margin.
     """
     if not train:
-        return _Evaluation(size) if files and size >= 128 else _Square(size)
+        return Evaluation(size, evaluated_side(size, files=files))
     from torchvision.transforms import v2
 
     if augment == "resized-crop":

@@ -45,7 +45,9 @@ def launch(nproc: int) -> None:
         os.environ[_CODE_FILE] = str(noted)
         died = ""
         try:
-            elastic_launch(config, sys.executable)("-m", "kdcli", *sys.argv[1:])
+            # The working directory is on the ranks' path only where it is on ours (`python -m kdcli`, but not `kd`).
+            path = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+            elastic_launch(config, sys.executable)(*path, "-m", "kdcli", *sys.argv[1:])
         except (ChildFailedError, SignalException) as problem:
             died = str(problem).split("\n")[0]
             if isinstance(problem, ChildFailedError):
