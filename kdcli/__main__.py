@@ -8,7 +8,11 @@ import sys
 import traceback
 
 from kdcli import output
-from kdcli.errors import KdError, Stopped, UsageError, WriteError
+from kdcli.engine.signals import StopFlag, listening
+from kdcli.errors import InputError, KdError, Stopped, UsageError, WriteError
+
+# What a path can be, wherever it is first looked at: too long, in a folder that may not be entered, a loop of links.
+_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,10 +25,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: list[str], *, verbose: bool = False) -> int:
     """Run one command; returns its exit code instead of raising."""
-    from kdcli.cli import app
-
     try:
-        return int(app(arguments or ["--help"], prog_name="kd", standalone_mode=False) or 0)
+        # From the first moment on: a stop while torch is imported, or a file is read, has its code and its line too.
+        with listening(StopFlag(None, "--requeue" in arguments), at_once=True):
+            from kdcli.cli import app
+
+            return int(app(arguments or ["--help"], prog_name="kd", standalone_mode=False) or 0)
     except KdError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
@@ -42,6 +48,9 @@ def run(arguments: list[str], *, verbose: bool = False) -> int:
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # help texts are written by Typer
             return _fail(WriteError(f"cannot write: {problem.strerror}", hint="free some space"), arguments)
+        if isinstance(problem, OSError) and problem.errno in _PATHS and problem.filename is not None:
+            path = str(os.fsdecode(problem.filename))[:200] if not isinstance(problem.filename, int) else "a file"
+            return _fail(InputError(f"cannot use {path}: {problem.strerror}", hint="check the path"), arguments)
         if verbose:
             traceback.print_exc()
         where = traceback.extract_tb(problem.__traceback__)[-1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from kdcli import checkpoint, durable, methods, teachers
+from kdcli import checkpoint, durable, methods, modelcard, teachers
 from kdcli.building import (
     evaluated_part,
     evaluation_loaders,
@@ -37,7 +37,7 @@ from kdcli.models.network import Network, macs, parameters_of
 from kdcli.models.panel import Panel
 from kdcli.networks import Loaded, compare_classes, describe, fingerprint, load_network, tensors_of
 from kdcli.output import Story, envelope
-from kdcli.runs import Run, environment, open_run
+from kdcli.runs import CARD, Run, environment, open_run
 from kdcli.specs import RunSpec
 
 
@@ -45,11 +45,20 @@ def open_recorded_device(spec: RunSpec, run: Run) -> Device:
     """The device, with the threads an unfinished run began with, since its last bits depend on them."""
     recorded = None
     if run.status == "unfinished" and (run.directory / "env.json").exists():
-        recorded = durable.read_json(run.directory / "env.json").get("threads")
+        recorded = _recorded_threads(run.directory / "env.json")
     device = open_device(spec.system, recorded)
     if recorded is None and distributed.rank() == 0:
         durable.write_json(run.directory / "env.json", {**environment(spec), "threads": device.threads})
     return device
+
+
+def _recorded_threads(path: Path) -> int | None:
+    """What an environment file says about threads. Raises InputError if it says nonsense."""
+    values = durable.read_json(path)
+    threads = values.get("threads") if isinstance(values, dict) else 0
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+        raise InputError(f"{path} does not say how many threads the run began with", hint="restore it or remove it")
+    return threads
 
 
 def _fit(
@@ -199,6 +208,8 @@ def _export(
     }
     checkpoint.save(run.directory / f"{role}.safetensors", tensors_of(network), metadata)
     run.finish(summary)
+    if role == "student":
+        modelcard.write(run.directory)
 
 
 def _teacher(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet, *, auto: bool) -> Loaded:
@@ -276,11 +287,12 @@ def _read(file: Path, spec: RunSpec, dataset: DataSet, story: Story) -> Loaded:
     loaded = load_network(file)
     compare_classes(loaded.metadata, dataset, loaded.path)
     teachers.check(loaded, spec, len(dataset.classes))
-    theirs = loaded.metadata["normalization"]
-    if theirs is None or max(abs(a - b) for a, b in zip(theirs["mean"], dataset.mean, strict=True)) > 0.01:
+    theirs, ours = loaded.metadata["normalization"], {"mean": list(dataset.mean), "std": list(dataset.std)}
+    if theirs is None or any(abs(a - b) > 0.01 for key in ours for a, b in zip(theirs[key], ours[key], strict=True)):
+        said = "an unknown normalisation" if theirs is None else f"mean {theirs['mean']} and std {theirs['std']}"
         story.note(
-            f"{loaded.path} was trained with mean {theirs and theirs['mean']}; it will see images normalised with "
-            f"{list(dataset.mean)}"
+            f"{loaded.path} was trained with {said}; it will see images normalised with mean {ours['mean']} and std "
+            f"{ours['std']}"
         )
     return loaded
 
@@ -341,6 +353,8 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
     with guarded(), _opened(spec, contents) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
+            if first and not (run.directory / CARD).exists():  # killed before it was written
+                modelcard.write(run.directory)
             return run.summary()
         device = open_recorded_device(spec, run)
         dataset = load_data(spec, story)

@@ -19,19 +19,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdcli import checkpoint, durable
+from kdcli import checkpoint, durable, trackers
 from kdcli.data.loader import Batch, Loader
 from kdcli.data.randomness import mix
 from kdcli.engine import distributed, optim, state
 from kdcli.engine.device import Device, guarded
 from kdcli.engine.evaluate import evaluate
+from kdcli.engine.pulse import Pulse
 from kdcli.engine.record import Recorder
 from kdcli.engine.signals import StopFlag, listening, stopped
 from kdcli.engine.step import Step, StepOutput, deploy
 from kdcli.engine.totals import FOLLOWED, Totals
 from kdcli.engine.update import Update
-from kdcli.errors import IncompatibleError, UsageError
+from kdcli.errors import IncompatibleError, InputError, NotFiniteError, UsageError
 from kdcli.inference import Use
+from kdcli.metadata import require_state
 from kdcli.methods.base import Progress
 from kdcli.output import Story
 from kdcli.runs import Run
@@ -101,7 +103,9 @@ def fit(job: Job) -> Fitted:
         OutOfMemoryError, WorkerError: as their names say.
     """
     with guarded(), listening(job.stop), job.device.stream():
-        return _Training(job).run()
+        training = _Training(job)
+        with trackers.following(job.run, job.story) as training.tell:
+            return training.run()
 
 
 class _Training:
@@ -121,7 +125,19 @@ class _Training:
         self.per_epoch = job.train.steps
         self.total = recipe.epochs * self.per_epoch
         self.end = min(self.total, recipe.max_steps or self.total)
+        self.tell: Callable[[dict[str, Any]], None] = lambda line: None
         self._resume()
+        self.pulse = Pulse(
+            job.run.state,
+            job.title,
+            begun=self.at,
+            steps=self.end,
+            per_epoch=self.per_epoch,
+            epochs=recipe.epochs,
+            totals=self.totals,
+            device=device,
+            rate=lambda at: optim.rate(recipe, at, self.per_epoch),
+        )
         self.update = Update(job.step, self._wrapped(), self.optimizer, recipe, device, self.totals, job.run.state)
         self.take = Recorder(self.update, job.story.note)
         self.take.enabled = device.cuda and distributed.world() == 1 and self.spec.system.cuda_graphs
@@ -203,8 +219,8 @@ class _Training:
         self.at += 1
         self.update.check(self.at, output)
         self.session_images += batch.labels.shape[0] * distributed.world()
-        if self.at % 5 == 0:
-            self.job.story.step(self.at, self._facts())
+        self.pulse.beat(self.at, self.session_images, self.best)
+        self.job.story.step(self.at, self.pulse.line)
 
     def _stop_code(self) -> int:
         """The stop flag; ranks agree on it every few steps, since asking costs a collective."""
@@ -221,13 +237,19 @@ class _Training:
         distributed.share_buffers(network)  # each rank kept BatchNorm statistics of its own; the first's are exported
 
         def tick(done: int, of: int) -> None:
+            self.pulse.beat(self.at, self.session_images, self.best, f"evaluating {done}/{of}")
+            self.job.story.step(self.at, self.pulse.line)
             if distributed.world() == 1 and self.job.stop.signalled:
                 code = self.job.stop.code
                 self._save()
                 raise stopped(code, f"at step {self.at} of {self.end}")
 
         def measure(module: nn.Module, use: Use, split: str, modes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-            return evaluate(module, use, self.job.tests[split], self.job.device, modes, tick=tick).modes
+            try:
+                return evaluate(module, use, self.job.tests[split], self.job.device, modes, tick=tick).modes
+            except NotFiniteError as problem:
+                where = f"({split}) after step {self.at}; the last good state is in {self.job.run.state}"
+                raise NotFiniteError(f"{problem.message} {where}", hint="a smaller --lr, or --clip-grad") from None
 
         metrics = {split: measure(network, self.job.use, split, modes) for split in self.job.tests}
         # They see the student's images. Those that share modules with the student leave it as they found it.
@@ -269,6 +291,7 @@ class _Training:
         self.lines += 1
         if distributed.rank() == 0:
             durable.append_line(self.job.run.metrics, json.dumps(line, allow_nan=False))
+        self.tell(line)
         scores = [f"{s} {line[s]['single']['top1']:.2f}" for s in ("val", "test") if s in line]
         for name, splits in line.get("companions", {}).items():
             scores += [f"{name} {s} {splits[s]['top1']:.2f}" for s in ("val", "test") if s in splits]
@@ -279,9 +302,6 @@ class _Training:
         )
         for alarm in alarms:
             self.job.story.note(f"{self.job.title}: {alarm}")
-
-    def _facts(self) -> str:
-        return f"{self.session_images / max(time.monotonic() - self.started, 1e-9):.0f} img/s"
 
     # ------------------------------------------------------------------------------------------------- saving, resuming
 
@@ -310,6 +330,12 @@ class _Training:
                 "seconds": self.spent + time.monotonic() - self.started,
             }
             tensors = state.pack(self.module, self.optimizer, self.average, self.totals.values)
+            if bad := state.not_finite(tensors, self.module):  # the next step would show it, but this state would stay
+                raise NotFiniteError(
+                    f"the tensor {bad} is not finite after step {self.at}, and was not saved; the last good state is in "
+                    f"{self.job.run.state}",
+                    hint="a smaller --lr, --clip-grad, or --precision fp32",
+                )
             checkpoint.save_state(self.job.run.state, self.at, tensors, metadata)
         distributed.barrier()
         self.saved = time.monotonic()
@@ -323,6 +349,14 @@ class _Training:
         tensors, metadata, notices = found
         for notice in notices:
             self.job.story.note(notice)
+        file = self.job.run.state / f"step-{metadata['step']:09d}.safetensors"
+        require_state(metadata, file)
+        if metadata["step"] > self.end:
+            raise InputError(
+                f"{file} is of step {metadata['step']}, but the run has {self.end}", hint="start anew: --overwrite"
+            )
+        if bad := state.not_finite(tensors, self.module):
+            raise NotFiniteError(f"{file}: the tensor {bad} is not finite", hint="start anew with --overwrite")
         for key, value in self.job.facts.items():
             if metadata["facts"].get(key) != value:
                 raise IncompatibleError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdcli.errors import InputError
 
 _MODEL, _OPTIMIZER, _AVERAGE, _SUM = "model.", "optimizer.", "average.", "sum."
+_STATISTICS = (".running_mean", ".running_var")
 
 
 def pack(
@@ -42,8 +43,8 @@ def unpack(
     """
     groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (_MODEL, _OPTIMIZER, _AVERAGE, _SUM)}
     for key, value in tensors.items():
-        prefix = key[: key.index(".") + 1]
-        if prefix not in groups:
+        prefix = key[: key.find(".") + 1]
+        if prefix not in groups or (prefix == _SUM and value.ndim):
             raise InputError(f"the saved state holds an unknown tensor {key}", hint="start anew with --overwrite")
         groups[prefix][key[len(prefix) :]] = value
     _strict(step, groups[_MODEL], "model")
@@ -64,6 +65,19 @@ def unpack(
             for slot, value in mine.items()
         }
     return {key: value.to(device) for key, value in groups[_SUM].items()}
+
+
+def not_finite(tensors: dict[str, Tensor], step: nn.Module) -> str | None:
+    """The first weight, averaged weight, BatchNorm statistic or optimiser slot of a packed state with NaN or infinity.
+
+    Other buffers are a method's own business, and so are the running sums.
+    """
+    weights = {f"{_MODEL}{name}" for name, _ in step.named_parameters()}
+    for name, value in tensors.items():
+        meant = name in weights or name.startswith((_OPTIMIZER, _AVERAGE)) or name.endswith(_STATISTICS)
+        if meant and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return name
+    return None
 
 
 def _trainable(step: nn.Module) -> list[tuple[str, nn.Parameter]]:

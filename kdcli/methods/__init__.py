@@ -135,7 +135,8 @@ def architecture(network: str) -> str:
         metadata = checkpoint.read_metadata(checkpoint.locate(network))
     except KdError:  # told, with the way out, when the teacher is loaded
         return ""
-    return str(metadata.get("arch", {}).get("name", ""))
+    arch = metadata.get("arch")  # of a file that nobody has checked yet
+    return str(arch.get("name", "")) if isinstance(arch, dict) else ""
 
 
 def resolve(spec: RunSpec) -> RunSpec:
