@@ -29,12 +29,15 @@ _OF_PROBES = ("probe", "system", "data.data_dir", "data.download", "data.residen
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the sweep's table: a row, a column, and the published numbers that stand there."""
+    """A place in the sweep's table: a row, a column with what it stands for, and the published numbers there."""
 
     label: str
     column: str
     pair: str
     published: tuple[Number, ...] = ()
+    dataset: str | None = None
+    ratio: float | None = None
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def _cell(sweep: Sweep, draft: _Draft, printed: _Numbers, probe: str | None = No
     if axes.probes:
         own = f"student, {sweep.common.get('data', {}).get('dataset', 'cifar100')}"
         parts += [probe or own]
-    return Cell(draft.label, ", ".join(parts), ":".join(draft.pair), printed.get((draft.label, key), ()))
+    numbers_there = printed.get((draft.label, key), ())
+    return Cell(draft.label, ", ".join(parts), ":".join(draft.pair), numbers_there, draft.dataset, draft.ratio, probe)
 
 
 def expand(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Planned]:
