@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kdcli import __version__, flags, output, presets
-from kdcli.errors import ThresholdError, UsageError
+from kdcli.errors import KdError, ThresholdError, UsageError
 from kdcli.flags import Request
 from kdcli.specs import RunSpec, field_paths
 
@@ -77,7 +77,7 @@ def _story(request: Request) -> output.Story:
 
 def _answer(document: dict[str, Any], text: str, as_json: bool) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        output.answer(output.document(document) if as_json else text)
+        output.answer(output.document(document) if as_json else output.printable(text))
 
 
 def _preview(spec: RunSpec, request: Request) -> None:
@@ -248,7 +248,7 @@ app.command("bench")(
             *_PROBE,
             *("encoder", "baseline", "pretrained", "teacher_pretrained", "teacher_lr", "max_steps", "eval_every"),
             *("val_fraction", "nproc", "rank_timeout", "out", "runs_dir", "overwrite"),
-            *("checkpoint_every", "max_minutes", "requeue"),
+            *("checkpoint_every", "max_minutes", "requeue", "tensorboard", "wandb"),
         ],
     )
 )
@@ -305,6 +305,142 @@ def _evaluate(
         raise typer.Exit(error.code)
 
 
+@app.command("export")
+def _export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN", help="A network, or the run that made it.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write: .safetensors, .onnx or .pt2.")],
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors, onnx or torch (torch.export); default: by the file's name."),
+    ] = None,
+    inputs: Annotated[
+        str, typer.Option("--inputs", help="Pixels that the graph takes: float (0..1) or uint8 (0..255). [float]")
+    ] = "float",
+    outputs: Annotated[str, typer.Option("--outputs", help="logits or probabilities. [logits]")] = "logits",
+    inference: Annotated[
+        str, typer.Option("--inference", help="single, or (joint heads) marginal or aggregate. [single]")
+    ] = "single",
+    opset: Annotated[int | None, typer.Option("--opset", help="Of ONNX; default: the exporter's newest.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="A network to compare the cost with; default: the run's own teacher."),
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many images to check it on. [256]")] = 256,
+    random: Annotated[
+        bool, typer.Option("--random-images", help="Check it on random images, not on test images.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a network as a file for others, checked against the original: safetensors, ONNX or torch.export.
+
+    kd export runs/cifar100/vsd-wrn40_2-wrn16_2-s0-1a2b3c4d --out student.onnx
+
+    The normalisation is inside the graph, so nobody needs kd to run it. Nothing is written if the two disagree (exit code 4).
+    """
+    from kdcli.export import Wish, export, export_text
+
+    wish = Wish(
+        checkpoint,
+        out,
+        format_,
+        inputs=inputs,
+        outputs=outputs,
+        inference=inference,
+        data_dir=data_dir,
+        limit=images,
+        random=random,
+        teacher=teacher,
+        threads=threads,
+        opset=opset,
+    )
+    document = export(wish, output.Story(quiet=quiet))
+    _answer(document, export_text(document), json_)
+
+
+@app.command("predict")
+def _predict(
+    network: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT|RUN|EXPORTED", help="A network, the run that made it, an .onnx or .pt2."),
+    ],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|DIR…", help="Image files, folders of them; - reads a list of paths.")
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of the likeliest classes to give. [5]")] = 5,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="single, or (joint heads) marginal or aggregate. [single]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time. [64]")] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a .pt2 file, which may hold code: for your own.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Classify image files: a JSON line each (on a terminal: a row each).
+
+    kd predict runs/cifar100/vsd-wrn40_2-wrn16_2-s0-1a2b3c4d photo.jpg holidays/
+
+    find holidays -name '*.jpg' -print0 | kd predict student.onnx - > answers.jsonl
+
+    A file that cannot be read is one line on stderr; the others are done, and the exit code is 3.
+    """
+    import sys
+
+    from kdcli.predict import Asked, predict, prediction_line
+
+    made: list[dict[str, Any]] = []
+    rows = sys.stdout.isatty()
+
+    def emit(prediction: dict[str, Any]) -> bool:
+        if json_:
+            made.append(prediction)
+            return True
+        return output.answer(prediction_line(prediction) if rows else output.json_line(prediction))
+
+    asked = Asked(mode, top, batch_size, device, threads, trust)
+    document, error = predict(network, images, asked, output.Story(quiet=quiet or rows), emit)
+    if json_:
+        failed = {} if error is None else output.failure("predict", error)
+        _answer({**document, **failed, "predictions": made}, "", json_)
+    _leave(error)
+
+
+@app.command("watch")
+def _watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    once: Annotated[bool, typer.Option("--once", help="Say how far it is, and leave.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks. [2]")] = 2.0,
+    json_: Json = False,
+) -> None:
+    """Follow a run from another terminal, by its files: a live view on a terminal, else one line an epoch.
+
+    kd watch runs/cifar100/vsd-wrn40_2-wrn16_2-s0-1a2b3c4d
+
+    Exit code 0 when the run has finished, 75 if it is unfinished and nobody is training it: run its command again.
+    """
+    import sys
+
+    from kdcli.watch import Lines, Live, watch
+
+    if json_:
+        return _answer(watch(run, once=once, interval=interval, show=lambda view: None), "", json_)
+    if once or not sys.stdout.isatty():
+        watch(run, once=once, interval=interval, show=Lines(output.answer))
+        return None
+    live = Live()
+    try:
+        watch(run, once=once, interval=interval, show=live)
+    finally:
+        live.close()
+    return None
+
+
 @app.command("sweep")
 def _sweep(
     sweep_: Annotated[
@@ -357,6 +493,54 @@ def _sweep(
     return None
 
 
+@app.command("report")
+def _report(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN…|SWEEP", help="Run directories, folders of runs, or one sweep.")
+    ],
+    format_: Annotated[
+        Literal["markdown", "csv", "latex", "json"], typer.Option("--format", help="Of the table on stdout. [markdown]")
+    ] = "markdown",
+    out: Annotated[
+        Path, typer.Option("--out", help="Where report.html, the tables and kept results go. [report]")
+    ] = Path("report"),
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Write the page; without, only the table. [on]")
+    ] = True,
+    best: Annotated[
+        bool, typer.Option("--best", help="Also a column with the best epoch on the test images, named as such.")
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Leave out what needs passes through the networks.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Show sample images of the test set on the page. [on]")
+    ] = True,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Of a sweep: only these runs, as in kd sweep; repeatable.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Of a sweep: the settings it was run with; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Pass only this many test images.")] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Data workers for sets that stream. [2]")] = 2,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare runs: a table (mean ± std, n, last epoch, beside published numbers) and a page with pictures.
+
+    kd report runs --data-dir data --out report
+
+    kd report tables/vsd-2 --only pair=wrn40_2:wrn16_2 --format latex --no-page
+    """
+    from kdcli.report.command import Wanted, report
+
+    wanted = Wanted(format_, out if page else None, best, fast, images, limit, data_dir, device, threads, workers)
+    document, text = report(targets, only or [], set_ or [], wanted, output.Story(quiet=quiet))
+    _answer(document, text, json_ or format_ == "json")
+
+
 @app.command("list")
 def _list(
     what: Annotated[str, typer.Argument(metavar="methods|models|datasets|presets", help="What to list.")],
@@ -402,11 +586,12 @@ def _schema(
 
     kd schema --method vsd
     """
-    if method is None:
-        return output.answer(output.document(RunSpec.model_json_schema()))
-    from kdcli import methods
+    model: Any = RunSpec
+    if method is not None:
+        from kdcli import methods
 
-    return output.answer(output.document(methods.method_class(method).Spec.model_json_schema()))
+        model = methods.method_class(method).Spec
+    output.answer(output.document(model.model_json_schema()))
 
 
 @app.command("import")
@@ -435,31 +620,83 @@ def _import(
 
 @app.command("verify")
 def _verify(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Checkpoints or run directories.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH…", help="Files, run directories, directories of runs; - reads a list.")
+    ],
     json_: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what is not sound.")] = False,
 ) -> None:
-    """Check every byte of checkpoints; exit code 3 if one is damaged.
+    """Check every byte of checkpoints and resume states, and specs, presets and logs; exit code 3 if one is damaged.
 
-    kd verify runs/*/*/student.safetensors
+    kd verify runs student.safetensors
+
+    find /archive -name '*.safetensors' -print0 | kd verify --quiet -
     """
-    from kdcli import catalogue
+    from kdcli import verify
 
-    document, text, error = catalogue.verified(paths)
-    _answer(document, text, json_)
-    if error is not None:
-        typer.echo(f"error: {error.line()}", err=True)
-        raise typer.Exit(error.code)
+    findings = []
+    for finding in verify.verify(paths):
+        findings.append(finding)
+        if not json_ and not (quiet and finding.ok):
+            output.answer(finding.line)
+    document, error = verify.conclusion(findings)
+    if json_:
+        _answer(document, "", json_)
+    _leave(error)
 
 
 @app.command("digest")
 def _digest(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Checkpoints or run directories.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH…", help="Checkpoints or run directories; - reads a list.")
+    ],
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Also print the seal of the header: the two cover every byte of the file.")
+    ] = False,
+    json_: Json = False,
 ) -> None:
     """Print a hash of the weights alone, the path after it: equal networks have equal digests.
 
     kd digest runs/a/student.safetensors runs/b/student.safetensors
     """
-    from kdcli import checkpoint
+    from kdcli import verify
 
-    for path in paths:
-        output.answer(f"{checkpoint.digest(path)}  {output.printable(str(path))}")
+    findings = []
+    for finding in verify.digests(paths):
+        findings.append(finding)
+        if finding.ok and not json_:
+            output.answer(verify.digest_line(finding, whole))
+    document, error = verify.digest_conclusion(findings, whole)
+    if json_:
+        _answer(document, "", json_)
+    _leave(error)
+
+
+@app.command("doctor")
+def _doctor(
+    data_dir: Annotated[
+        str | None, typer.Option("--data-dir", help="Where the data sets lie; default $KD_DATA_DIR, else ./data.")
+    ] = None,
+    runs_dir: Annotated[str, typer.Option("--runs-dir", help="Where runs are to be written. [runs]")] = "runs",
+    json_: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings and problems.")] = False,
+) -> None:
+    """Look over this machine: versions, devices, data sets, disk, limits. Each problem comes with its fix.
+
+    kd doctor --data-dir data --runs-dir runs
+
+    Exit code 0 unless there is a problem: 3 (data), 4 (what is installed does not fit), 5 (cannot write).
+    """
+    from kdcli import doctor
+
+    document, text, error = doctor.examine(data_dir, runs_dir, quiet=quiet)
+    if json_ or text:
+        _answer(document, text, json_)
+    _leave(error)
+
+
+def _leave(error: KdError | None) -> None:
+    """Leave with an error's line and code after the answer is printed; go on without one."""
+    if error is not None:
+        typer.echo(f"error: {error.line()}", err=True)
+        raise typer.Exit(error.code)

@@ -20,6 +20,9 @@ from kdcli.errors import InputError, UsageError, nearest
 from kdcli.flags import Request, bare, parse_tuple
 from kdcli.specs import RunSpec, field_at, field_paths, validate
 
+_DEPTH = 32
+"""Tables and lists within one another; a shipped preset has four."""
+
 _RECIPES = {
     "cifar100": "cifar",
     "cifar10": "cifar",
@@ -108,20 +111,31 @@ def about(name: str) -> dict[str, Any]:
 
 def _load_toml(text: str, name: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise UsageError(f"{name} is not valid TOML: {problem}", field="--preset") from None
+        return _shallow(tomllib.loads(text))
+    except (ValueError, RecursionError) as problem:  # ValueError: also an integer of thousands of digits
+        raise UsageError(f"{name} is not valid TOML: {str(problem)[:200]}", field="--preset") from None
 
 
 def _parse(text: str, name: str, json_first: bool = False) -> dict[str, Any]:
     if json_first and text.lstrip().startswith("{"):
         try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as problem:
-            raise UsageError(f"{name} is not valid JSON: {problem}", field="--preset") from None
+            values = _shallow(json.loads(text))
+        except (ValueError, RecursionError) as problem:
+            raise UsageError(f"{name} is not valid JSON: {str(problem)[:200]}", field="--preset") from None
     else:
         values = _load_toml(text, name)
     return values
+
+
+def _shallow(values: Any) -> Any:
+    """The values, unless they are nested as no preset is. Raises RecursionError."""
+    level = [values]
+    for _ in range(_DEPTH):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [one for held in inner for one in held if isinstance(one, dict | list)]
+        if not level:
+            return values
+    raise RecursionError("nested too deeply")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +176,10 @@ def parse_set(text: str) -> tuple[str, Any]:
         raise UsageError(f"{text!r} is not KEY=VALUE", field="--set", hint="for example --set method.lambda4=1")
     key = key.strip()
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
+        return key, _shallow([json.loads(value)])[0]
+    except RecursionError:
+        raise UsageError("nested too deeply", field=key[:200]) from None
+    except ValueError:  # no JSON; or an integer of thousands of digits, which is no setting either
         pass
     listed = key in field_paths().values() and typing.get_origin(bare(field_at(key).annotation)) is tuple
     return key, parse_tuple(value) if listed else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -46,6 +47,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_a_path(cls, value: Any) -> Any:
+        """No name, path or pattern has a NUL or half a character in it: the system's calls would choke on either."""
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str) and "\0" in one:
+                raise ValueError("a NUL character is in it")
+            try:
+                os.fsencode(one if isinstance(one, str) else "")
+            except UnicodeEncodeError:
+                raise ValueError("it is not text") from None
+        return value
 
 
 class DataSpec(Section):
@@ -197,6 +211,10 @@ class SystemSpec(Section):
     """Save and stop after this many minutes (exit code 75); the same command goes on."""
     requeue: bool = _aside(False)
     """On SIGTERM leave with exit code 75 (run the same command again) instead of 143."""
+    tensorboard: bool = _aside(False)
+    """Also write what metrics.jsonl holds to RUN/tensorboard (needs kdcli[tensorboard])."""
+    wandb: str | None = _aside(None)
+    """Also log to this project of Weights & Biases, offline unless you are logged in (needs kdcli[wandb])."""
 
 
 class ProbeSpec(Section):

@@ -14,7 +14,7 @@ from kdcli.cli import app
 from kdcli.methods import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def _commands() -> dict[str, set[str]]:
@@ -39,7 +39,7 @@ def test_every_method_has_its_section():
 
 
 def test_every_exit_code_is_documented():
-    text = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    text = (ROOT / "docs" / "guide.md").read_text("utf-8")
     codes = {
         cls.code
         for cls in vars(errors).values()

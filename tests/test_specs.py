@@ -39,6 +39,8 @@ ASIDE = {
     "system.checkpoint_every",
     "system.max_minutes",
     "system.requeue",
+    "system.tensorboard",
+    "system.wandb",
 }
 
 

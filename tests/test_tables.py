@@ -610,8 +610,8 @@ def test_what_is_wrong_in_a_sweep_is_named(text: str, field: str | None, says: s
 
 
 def test_the_example_of_the_page_is_a_sweep(tmp_path: Path) -> None:
-    """docs/cli.md's TOML, as it stands: two methods, three seeds, two batch sizes."""
-    page = (Path(__file__).resolve().parent.parent / "docs" / "cli.md").read_text("utf-8")
+    """docs/guide.md's TOML, as it stands: two methods, three seeds, two batch sizes."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "guide.md").read_text("utf-8")
     runs = expand(write(tmp_path / "s.toml", page.split("```toml\n")[1].split("```")[0]))
     assert len(runs) == 2 * 3 * 2
     assert {spec.method["teacher_scale"] for spec in students(runs)} == {1, 4}
