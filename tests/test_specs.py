@@ -224,6 +224,7 @@ OTHER = {
     "system.device": "cpu",
     "system.out": "elsewhere",
     "system.runs_dir": "elsewhere",
+    "system.wandb": "project",
 }
 
 

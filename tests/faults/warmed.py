@@ -196,7 +196,8 @@ def _child(words: list[str], cwd: str, plan: dict[str, Any], out: int, err: int,
 def _mind(pid: int, started: float, plan: dict[str, Any]) -> bool:
     """Send the plan's signals in time and wait for the end; whether the process had to be killed.
 
-    Nothing comes from the client during a trial: if its end of the pipe stirs, it is gone, and so is its trial then.
+    Nothing comes from the client during a trial: if its end of the pipe stirs, it is gone, and so is its trial then. The
+    limit is counted in seconds in which this server ran: a machine that is suspended hangs nobody.
     """
     watch = os.pidfd_open(pid)
     try:
@@ -204,8 +205,12 @@ def _mind(pid: int, started: float, plan: dict[str, Any]) -> bool:
             if select.select([watch], [], [], max(0.0, started + after - time.monotonic()))[0]:
                 return False
             os.kill(pid, number)
-        if watch in select.select([watch, 0], [], [], plan.get("limit", LIMIT))[0]:
-            return False
+        for _ in range(int(plan.get("limit", LIMIT))):
+            stirred = select.select([watch, 0], [], [], 1.0)[0]
+            if watch in stirred:
+                return False
+            if stirred:
+                break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         return True
