@@ -33,7 +33,7 @@ def listing(what: str) -> tuple[dict[str, Any], str]:
 
         entries = [(name, data_names.describe(name)) for name in data_names.known()]
     else:
-        entries = [(name, str(presets.about(name).get("title", ""))) for name in [*presets.names(), *presets.tables()]]
+        entries = [(name, str(presets.about(name).get("title", ""))) for name in [*presets.names(), *presets.sweeps()]]
     rows = [{"name": name, "about": about} for name, about in entries]
     return envelope("list", **{what: rows}), table(entries, (what, "about"))
 

@@ -23,6 +23,9 @@ from kdcli.specs import RunSpec, field_at, field_paths, validate
 _DEPTH = 32
 """Tables and lists within one another; a shipped preset has four."""
 
+_SWEEPS = ("tables/", "studies/")
+"""Folders of shipped sweeps: the papers' tables, and studies of our own."""
+
 _RECIPES = {
     "cifar100": "cifar",
     "cifar10": "cifar",
@@ -42,12 +45,12 @@ def folder() -> Path:
 
 def names() -> dict[str, Path]:
     """Preset name → file, for every shipped preset of one run (`recipes/cifar`, `quickstart`, `vsd/fig4a-rot-2x` …)."""
-    return {name: path for name, path in _shipped().items() if not name.startswith("tables/")}
+    return {name: path for name, path in _shipped().items() if not name.startswith(_SWEEPS)}
 
 
-def tables() -> dict[str, Path]:
-    """Name → file of the shipped sweeps, each of which stands for many runs (`tables/vsd-2` …)."""
-    return {name: path for name, path in _shipped().items() if name.startswith("tables/")}
+def sweeps() -> dict[str, Path]:
+    """Name → file of the shipped sweeps, each of which stands for many runs (`tables/vsd-2`, `studies/cpu` …)."""
+    return {name: path for name, path in _shipped().items() if name.startswith(_SWEEPS)}
 
 
 def _shipped() -> dict[str, Path]:
@@ -62,7 +65,7 @@ def read(name: str) -> dict[str, Any]:
         UsageError: no such preset, it is not valid TOML or JSON, or it is a sweep.
         InputError: the file cannot be read.
     """
-    values = _read(name, names() | tables())
+    values = _read(name, names() | sweeps())
     if "sweep" in values:
         raise UsageError(
             f"{name} stands for many runs, not for the settings of one",
@@ -81,7 +84,7 @@ def read_sweep(name: str) -> dict[str, Any]:
         InputError: the file cannot be read.
     """
     try:
-        return _read(name, names() | tables())
+        return _read(name, names() | sweeps())
     except UsageError as problem:  # it was no --preset
         raise UsageError(problem.message, hint=problem.hint) from None
 

@@ -13,7 +13,7 @@ from kdcli import methods, presets, teachers
 from kdcli.commandline import command_line
 from kdcli.data.names import canonical as canonical_dataset
 from kdcli.errors import KdError, Stopped, UsageError, nearest
-from kdcli.flags import Request
+from kdcli.flags import Request, parse_seeds
 from kdcli.output import Story, envelope
 from kdcli.runs import digest_of, directory_for, flat, identity
 from kdcli.specs import RunSpec
@@ -122,6 +122,8 @@ def _request(sweep: Sweep, draft: _Draft, sets: Iterable[str]) -> Request:
         if not methods.method_class(entry.name).needs_teacher:
             draft = replace(draft, pair=("", draft.pair[1]))
             flags["teacher"] = None
+        if entry.assistants:
+            flags["assistant"] = entry.assistants
     teacher, student = draft.pair
     named = {"teacher": teacher, "student": student, "data.dataset": draft.dataset, "data.ratio": draft.ratio}
     flags |= {path: value for path, value in {**named, "seed": draft.seed}.items() if value not in (None, "")}
@@ -166,6 +168,7 @@ def steps(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list
     """
     sweep = load(name)
     _refuse(sweep, sets)
+    sweep, sets = _seeded(sweep, sets)
     filters = _filters(sweep, only)
     printed = numbers(sweep)
     stages = filters.pop("stage", None)
@@ -352,6 +355,16 @@ def _refuse(sweep: Sweep, sets: Sequence[str]) -> None:
             raise UsageError("names one directory, and there are several runs", field=path, hint="set system.runs_dir")
         if path in swept:
             raise UsageError("is an axis of this sweep", field=path, hint="choose among its values with --only")
+
+
+def _seeded(sweep: Sweep, sets: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """`--set seed=0,1,2` as an axis of the sweep, and the other settings."""
+    given = dict(presets.parse_set(text) for text in sets if text.partition("=")[0].strip() == "seed")
+    if not isinstance(given.get("seed"), str):
+        return sweep, list(sets)
+    seeds = tuple(parse_seeds(given["seed"], "seed"))
+    others = [text for text in sets if text.partition("=")[0].strip() != "seed"]
+    return sweep.model_copy(update={"axes": sweep.axes.model_copy(update={"seeds": seeds})}), others
 
 
 # ----------------------------------------------------------------------------------------------------------- documents

@@ -64,6 +64,8 @@ class Entry(Section):
     """The method that must be shipped before this can be run."""
     pairs: tuple[Pair, ...] | None = None
     """Its own pairs, instead of the sweep's."""
+    assistants: tuple[str, ...] = ()
+    """Networks between teacher and student, for methods that have some."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """The method's settings."""
 
@@ -269,9 +271,11 @@ def numbers(sweep: Sweep) -> dict[tuple[str, Key], tuple[Number, ...]]:
 
 
 def published(method: str) -> Iterator[tuple[Sweep, Published]]:
-    """Every published row of a method with its default settings, in the order of the shipped tables."""
-    for name in presets.tables():
+    """Every published row of a method with its default settings, in the order of the papers' shipped tables."""
+    for name in presets.sweeps():
         sweep = load(name)
+        if sweep.about.kind != "table":
+            continue  # a study repeats them
         labels = {
             e.label for e in sweep.axes.methods if e.name == method and not e.settings and e.needs in ("", method)
         }

@@ -18,7 +18,7 @@ from kdcli.flags import Request, parse_tuple
 from kdcli.specs import RunSpec, field_paths
 from kdcli.sweep import Planned, expand, steps
 
-TABLES = sorted(presets.tables())
+TABLES = sorted(name for name in presets.sweeps() if name.startswith("tables/"))
 
 # Typed from the papers' text, independently of the presets: (label, pair or column) → top-1.
 PRINTED = {
@@ -540,6 +540,24 @@ def test_bad_filters_and_settings_are_named(only: list[str], sets: list[str], fi
         expand("tables/vsd-2", only, sets)
     assert problem.value.field == field
     assert says in problem.value.line()
+
+
+@pytest.mark.parametrize(("given", "seeds"), [("0,1,2", [0, 1, 2]), ("1..3", [1, 2, 3]), ("2", [2])])
+def test_seeds_are_set_for_a_whole_table(given: str, seeds: list[int]) -> None:
+    """Every run once with each, by one teacher; the runs of a seed are those that it has alone."""
+    only = ["method=kd,vsd", "pair=wrn40_2:wrn16_2"]
+    runs = [run for run in steps("tables/vsd-2", only, [f"seed={given}"]) if run.stage == "student"]
+    assert sorted(run.spec.seed for run in runs if run.spec) == sorted(2 * seeds)
+    assert len({run.cells for run in runs}) == 2
+    alone = [run.directory for seed in seeds for run in steps("tables/vsd-2", only, [f"seed={seed}"])]
+    assert {run.directory for run in steps("tables/vsd-2", only, [f"seed={given}"])} == set(alone)
+
+
+@pytest.mark.parametrize("given", ["0,x", "3..", "-1,2", "4..2"])
+def test_what_is_no_list_of_seeds_is_said(given: str) -> None:
+    with pytest.raises(UsageError, match="no list of seeds") as caught:
+        steps("tables/vsd-2", [], [f"seed={given}"])
+    assert caught.value.field == "seed"
 
 
 def test_a_setting_holds_for_every_run() -> None:

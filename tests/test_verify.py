@@ -173,11 +173,11 @@ def test_a_spec_is_validated(kd, runs):
 
 def test_all_shipped_presets_and_sweeps_are_sound(kd):
     """By path, like a user's own."""
-    files = [*presets.names().values(), *presets.tables().values()]
+    files = [*presets.names().values(), *presets.sweeps().values()]
     result = kd("verify", "--json", *files)
     assert result.code == 0, result.err
     kinds = [file["kind"] for file in result.json["files"]]
-    assert kinds.count("sweep") == len(presets.tables())
+    assert kinds.count("sweep") == len(presets.sweeps())
     assert kinds.count("preset") == len(presets.names())
 
 
@@ -221,7 +221,7 @@ def test_mutated_texts_are_sound_or_refused(kd, runs, tmp_path):
     """300 changed specs, presets and logs (seed 0): exit 0 or 3 or 4, one error line, never a traceback."""
     chance = random.Random(0)
     sources = [(runs / "finished" / name).read_bytes() for name in ("spec.json", "summary.json", "metrics.jsonl")]
-    sources += [presets.names()["quickstart"].read_bytes(), presets.tables()["tables/vsd-2"].read_bytes()]
+    sources += [presets.names()["quickstart"].read_bytes(), presets.sweeps()["tables/vsd-2"].read_bytes()]
     names = ["spec.json", "summary.json", "metrics.jsonl", "a.toml", "b.toml"]
     tokens = [b"null", b"-1", b"1e999", b"[]", b"{}", b'""', b"true", b"\xff", b"\0", b"9" * 400, b"[[[[", b'"\x1b[2J"']
     codes = []
@@ -551,7 +551,7 @@ def test_neither_command_imports_torch(tmp_path):
     """On a checkpoint, a spec, a preset and a sweep."""
     make(tmp_path / "a.safetensors")
     (tmp_path / "a.toml").write_text("[train]\nepochs = 3\n")
-    table = str(presets.tables()["tables/vsd-2"])
+    table = str(presets.sweeps()["tables/vsd-2"])
     program = "import sys; sys.modules['torch'] = None; from kdcli.__main__ import run\n"
     program += f"assert run(['verify', 'a.safetensors', 'a.toml', {table!r}]) == 0\n"
     program += "assert run(['digest', '--whole', 'a.safetensors']) == 0\n"

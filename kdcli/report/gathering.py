@@ -48,7 +48,7 @@ def gather(targets: Sequence[str], only: Sequence[str] = (), sets: Sequence[str]
 
 
 def _is_sweep(name: str) -> bool:
-    return name in presets.tables() or (name.endswith(".toml") and not os.path.isdir(name))
+    return name in presets.sweeps() or (name.endswith(".toml") and not os.path.isdir(name))
 
 
 def _of_runs(targets: Iterable[str]) -> list[Record]:
