@@ -77,6 +77,10 @@ class WorkerError(KdError):
     code, kind = 8, "worker"
 
 
+class LostRankError(WorkerError):
+    """Another rank died or stopped answering; which one, kd's own launcher can tell, and a rank cannot."""
+
+
 class BusyError(KdError):
     """Another process is using the run directory."""
 

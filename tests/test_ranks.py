@@ -123,3 +123,14 @@ def test_accumulated_parts_are_as_many_on_every_rank(tmp_path):
     words = ["distill", "--method", "crd", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--epochs", "1"]
     result = ranks(*words, "--accumulate", "8", "--rank-timeout", "60", cwd=tmp_path)
     assert result.code == 0, result.err
+
+
+def test_the_rank_to_blame_is_named():
+    """One that a signal ended, one that left without a word, and one that the others waited for in vain."""
+    from kdcli.engine.launch import _blamed
+
+    assert _blamed({1: -9, 0: 8}, 2) == "rank 1 was ended by SIGKILL"
+    assert _blamed({0: 3}, 2) == "rank 0 died without a word and left with 3"
+    assert _blamed({0: 8, 1: -9, 2: 8}, 3) == "rank 1 stopped answering"
+    assert _blamed({0: 8, 2: 8}, 4) == "rank 1 and 3 stopped answering"
+    assert _blamed({0: 8, 1: 8}, 2) == "the ranks lost each other"

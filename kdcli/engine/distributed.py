@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdcli.errors import WorkerError
+from kdcli.errors import LostRankError, WorkerError
 
 
 def start(timeout: float, cuda: bool) -> None:
@@ -47,14 +47,14 @@ def _stdout_for_answers_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """Turn the loss of another rank, which torch reports as a RuntimeError of gloo's or NCCL's, into `WorkerError`."""
+    """Turn the loss of another rank, which torch reports as a RuntimeError of gloo's or NCCL's, into `LostRankError`."""
     try:
         yield
     except RuntimeError as problem:
         if world() == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):
             raise
         hint = "run the same command again to go on"
-        raise WorkerError("another rank died or stopped answering", hint=hint) from None
+        raise LostRankError("another rank died or stopped answering", hint=hint) from None
 
 
 def stop() -> None:

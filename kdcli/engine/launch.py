@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from kdcli.errors import WorkerError
+from kdcli.errors import KdError, LostRankError, WorkerError
 
 _CODE_FILE = "KD_EXIT_CODE_FILE"
+_GRACE = 2  # seconds that the other ranks have to leave after one has failed; then they are killed
 
 
 def launch(nproc: int) -> None:
@@ -20,15 +22,22 @@ def launch(nproc: int) -> None:
 
     Raises:
         SystemExit: with the code of the first rank that failed, if one did.
-        WorkerError: a rank died without a word.
+        WorkerError: a rank died without a word, or stopped answering.
     """
     import logging
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the launcher's own report of a failure: a page that says less than the rank did
+    close = PContext.close
+
+    def closing(context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        # Without a signal to pass on, a rank has failed, and those that hang must not hold up the end for half a minute.
+        close(context, death_sig, timeout if death_sig else _GRACE)
+
+    PContext.close = closing  # type: ignore[method-assign]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
@@ -51,24 +60,44 @@ def launch(nproc: int) -> None:
         except (ChildFailedError, SignalException) as problem:
             died = str(problem).split("\n")[0]
             if isinstance(problem, ChildFailedError):
-                rank, failure = problem.get_first_failure()
-                died = f"rank {rank} left with {failure.exitcode}"
+                died = _blamed({rank: failure.exitcode for rank, failure in problem.failures.items()}, nproc)
         finally:
             os.environ.pop(_CODE_FILE)
         if noted.exists():
             sys.exit(int(noted.read_text()))
     if died:
-        raise WorkerError(f"a rank died without a word: {died}", hint="run the same command again to go on")
+        raise WorkerError(died, hint="run the same command again to go on")
 
 
-def claim(code: int) -> bool:
-    """Note the exit code of a rank that fails, for `launch`; False if another one was first, which then speaks for all."""
+def _blamed(codes: dict[int, int], nproc: int) -> str:
+    """Who is to blame where no rank said why: one that a signal ended, or that the others waited for in vain.
+
+    Args:
+        codes: rank → exit code, minus the signal, of those that failed, the first of them first.
+    """
+    rank, code = next(iter(codes.items()))
+    if code < 0:
+        return f"rank {rank} was ended by {signal.Signals(-code).name}"
+    if code != LostRankError.code:
+        return f"rank {rank} died without a word and left with {code}"
+    silent = [other for other in range(nproc) if codes.get(other, -1) < 0]  # killed in the end, or never heard of
+    return f"rank {' and '.join(map(str, silent))} stopped answering" if silent else "the ranks lost each other"
+
+
+def claim(error: KdError) -> bool:
+    """Note the exit code of a rank that fails, for `launch`.
+
+    Returns:
+        Whether this rank speaks for all: not if another one was first, nor if all that it knows is that one is missing.
+    """
     path = os.environ.get(_CODE_FILE)
-    if path is None or "RANK" not in os.environ or code == 0:
+    if path is None or "RANK" not in os.environ or error.code == 0:
         return True
+    if isinstance(error, LostRankError):
+        return False
     try:
         with open(path, "x") as file:
-            file.write(str(code))
+            file.write(str(error.code))
     except FileExistsError:
         return False
     except OSError:

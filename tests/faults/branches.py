@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from forking import settle
+
 _RANDOM = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 Tree = dict[str, bytes | None]  # relative path → content; None for a directory
@@ -50,6 +52,7 @@ class Branches:
         self.shim, self.blows, self.keep = shim, blows, Path(keep)
         self.every, self.first, self.onward, self.in_turn = every, first, onward, in_turn
         self.blow: str | None = None  # in a branch: what it is struck with
+        settle()  # the run that is forked so often has written to much of its memory
 
     def visit(self, number: int, call: str, shown: str, args: tuple[Any, ...]) -> str | None:
         """Branch once a blow; None in the trunk, the blow in a branch."""

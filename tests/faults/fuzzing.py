@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer.main
+from forking import settle
 from harness import TINY, Died
 
 from kdcli.__main__ import run
@@ -295,8 +297,7 @@ def stock() -> Stock:
         assert left.code == 71, left.err
         whole = trial([*made.words(method), "--out", made.whole[method]], folder, patience=600)
         assert whole.code == 0, whole.err
-    gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, every page of this process
+    settle()
     atexit.register(gc.unfreeze)
     return made
 
@@ -335,11 +336,15 @@ def campaign(
         one: makes the input of a trial in an empty folder and runs it; the trial, and the exit codes that are right.
     """
     stock()
-    failures = []
+    failures, ended, longest = [], Counter[int | None](), 0.0
     for number in range(count):
         found, codes = one(random.Random(f"{SEED} {name} {number}"), fresh(folder / "trial"))
+        ended[found.code] += 1
+        longest = max(longest, found.work)
         if wrong := complaints(found, codes):
             failures.append(f"{name} {number}: {told(found, wrong)}")
+    print(f"R11: seed '{SEED} {name}': {count} mutations, {len(failures)} failures; exit code → times {dict(ended)};")
+    print(f"     at most {longest:.1f} s of processor time each")
     return failures
 
 

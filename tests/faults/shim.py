@@ -65,8 +65,6 @@ def play(words: list[str], plan: dict[str, Any], report: int) -> int:
         shim.tell(modules=sorted(sys.modules))
     if plan.get("memory"):
         shim.tell(memory=[before, _mapped("VmPeak")])
-    if timed := getattr(sys.modules.get("variants"), "TIMED", None):
-        shim.tell(**timed)
     shim.tell(calls=shim.count)
     return code
 
@@ -109,7 +107,7 @@ class Shim:
             setattr(os, name, self._wrapped(name))
         self.real["open()"] = builtins.open
         builtins.open = self._open_file  # type: ignore[assignment]
-        if "moment" in self.plan or self.plan.get("trace"):
+        if {"moment", "trace", "at"} & set(self.plan):
             self._moments()
 
     # ----------------------------------------------------------------------------------------------------- the calls

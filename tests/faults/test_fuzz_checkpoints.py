@@ -12,6 +12,8 @@ import pytest
 from fuzzing import HARMLESS, Trial, campaign, shown, stock, trial
 from mutators import damaged, forged, json_text, tampered, twisted
 
+from kdcli import checkpoint
+
 REFUSED = (3, 4)
 LIMITS = ["--device", "cpu", "--threads", "1"]
 
@@ -101,3 +103,10 @@ def test_mutated_checkpoints(kind, tmp_path):
     one, _, count = KINDS[kind]
     failures = campaign(kind, count, tmp_path, one)
     assert not failures, shown(failures)
+
+
+def test_these_checks_have_teeth(monkeypatch, tmp_path):
+    """A reader that looks neither at the digest nor at the seal takes what it should not, or falls over it."""
+    for name in ("_require_digest", "_require_seal"):
+        monkeypatch.setattr(checkpoint, name, lambda *_: None)
+    assert campaign("damage", 12, tmp_path, damage)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import HARMLESS, Trial, campaign, shown, trial
+from fuzzing import HARMLESS, Trial, campaign, complaints, shown, trial
 from mutators import damaged
 from PIL import Image
 
@@ -199,3 +199,25 @@ def test_mutated_data(kind, tmp_path):
     one, _, count = KINDS[kind]
     failures = campaign(f"data {kind}", count, tmp_path, one)
     assert not failures, shown(failures)
+
+
+def unrestricted() -> None:
+    """`kd` that reads CIFAR's pickles as Python does."""
+    from kdcli.data import pickles
+
+    pickles._Restricted = lambda content: pickle.Unpickler(io.BytesIO(content))  # type: ignore[assignment,misc]
+
+
+def test_these_checks_have_teeth(tmp_path):
+    """A batch that calls a program is refused; read without restriction, it is found out."""
+    root = shutil.copytree(sound("python"), tmp_path / "d")
+    (root / "cifar-10-batches-py/data_batch_1").write_bytes(b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.")
+
+    def both() -> None:
+        small_cifar()
+        unrestricted()
+
+    found = trial(words("cifar10"), tmp_path, before=small_cifar, writable=["run"])
+    assert complaints(found, REFUSED) == []
+    found = trial(words("cifar10"), tmp_path, before=both, writable=["run"])
+    assert any("os.system" in one for one in complaints(found, REFUSED))

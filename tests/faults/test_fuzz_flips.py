@@ -40,6 +40,7 @@ def test_every_flip_and_cut_is_detected(tmp_path):
     """R12: 2,000 of 2,000."""
     missed = overlooked(2000, tmp_path)
     assert not missed, f"{len(missed)}\n" + "\n".join(missed[:5])
+    print(f"R12: seed '{SEED} flip': 2000 of 2000 flips and cuts detected")
 
 
 def fallen_back(method: str, number: int, folder: Path) -> tuple[Trial, list[str]]:
@@ -71,6 +72,7 @@ def test_many_runs_go_back_to_the_state_before(method, tmp_path):
     for number in range(1, 26):
         found, wrong = fallen_back(method, number, tmp_path)
         assert not wrong, told(found, wrong)
+    print(f"R12: {method}: 25 damaged states, 25 times back to the state before, with the same bits")
 
 
 def without_digest() -> None:

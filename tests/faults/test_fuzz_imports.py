@@ -260,6 +260,7 @@ def test_mutated_pth(tmp_path):
     for number in range(250):
         found, wrong = mutation(number, tmp_path)
         assert not wrong, told(found, wrong)
+    print(f"R11: seed '{SEED} pth': 250 mutations of .pth files, 0 failures")
 
 
 def believing() -> None:

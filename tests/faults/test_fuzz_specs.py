@@ -11,6 +11,8 @@ import pytest
 from fuzzing import HARMLESS, Trial, campaign, shown, stock, trial
 from mutators import NASTY, json_text, toml_text, twisted
 
+from kdcli import specs
+
 REFUSED = (2, 3, 4)
 SMALL = ["--image-size", "8", "--batch-size", "4", "--device", "cpu", "--threads", "1", "--dry-run"]
 
@@ -135,3 +137,13 @@ def test_mutated_specs(kind, tmp_path):
     one, _, count = KINDS[kind]
     failures = campaign(kind, count, tmp_path, one)
     assert not failures, shown(failures)
+
+
+def test_these_checks_have_teeth(monkeypatch, tmp_path):
+    """Without a sentence for each of pydantic's complaints, a wrong value is a bug in kd and no usage error."""
+
+    def as_it_is(model, problem, prefix=""):
+        raise problem
+
+    monkeypatch.setattr(specs, "explain", as_it_is)
+    assert campaign("a_spec", 12, tmp_path, a_spec)

@@ -74,7 +74,7 @@ def test_errors_at_some_calls(warm: Warm, whole: Whole, fresh: Fresh) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_error_at_every_call(method: str, warm: Warm, whole: Whole, fresh: Fresh) -> None:
-    fail_at_every_call(warm, whole(method), fresh, [*REASONS, "half-ENOSPC"], 1, in_turn=method != "kd")
+    fail_at_every_call(warm, whole(method), fresh, [*REASONS, "half-ENOSPC"], 1)
 
 
 @pytest.mark.parametrize("every", [149, pytest.param(1, marks=pytest.mark.slow)])

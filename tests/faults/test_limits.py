@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from harness import TINY, Result, finish, spawn, wait_for_step
+from harness import TINY, Result, environment, finish, spawn, wait_for_step
 from outcomes import Reference, differences, reference
 from test_kills import Fresh, Whole
 from warmed import Trial, Warm
@@ -110,24 +113,34 @@ def test_a_true_second_process(fresh: Fresh) -> None:
 
 
 @pytest.mark.slow
-def test_what_saving_costs(warm: Warm, tmp_path: Path) -> None:
-    """R24: a minute of training at the default interval (30 s): the share of the time that goes into saving.
+@pytest.mark.parametrize("student", ["resnet20", "wrn40_2"])
+def test_what_saving_costs(student: str, tmp_path: Path) -> None:
+    """R24: a true process trains for more than 90 s on images as those of CIFAR-100, a state every 30 s (the default).
 
-    On a disk and not in memory. The number is for the page; only a gross excess fails, since a busy machine writes slowly.
+    On a disk and not in memory. What counts is the time within saves, the first and the last among them, of all the time
+    of the training; the start of the process is not part of it.
     """
-    words = ["distill", "--method", "none", "--student", "wrn16_2", "--dataset", "synthetic", "--image-size", "32"]
-    words += ["--batch-size", "64", "--epochs", "1000", "--threads", "1", "--device", "cpu", "--max-minutes", "1.6"]
-    warm.learn([*words, "--max-steps", "1", "--out", "short"], tmp_path)
-    trial = warm.trial([*words, "--out", "run"], tmp_path, variants=["timed_saves"], limit=300)
-    assert trial.code == 75, trial.err
-    times = trial.only("saves")[-1]
-    total, saves = times["total"], times["saves"]
-    assert total >= 60
-    regular = saves[1:-1]  # the first and the last are the beginning and the end of the run, not the interval's
-    share = 100 * sum(regular) / (30 * len(regular))
-    assert len(regular) >= 2
-    assert share < 10
-    print(
-        f"R24: {len(regular)} saves at the interval, {1000 * max(regular):.0f} ms at most: {share:.2f} % of the time;"
+    words = ["distill", "--method", "none", "--student", student, "--dataset", "synthetic:100", "--image-size", "32"]
+    words += ["--batch-size", "64", "--epochs", "1000", "--threads", "1", "--device", "cpu", "--max-minutes", "1.7"]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("timed.py")), *words, "--out", str(tmp_path / "run")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
-    print(f"     with the first and the last, {100 * sum(saves) / total:.2f} % of {total:.0f} s")
+    assert done.returncode == 75, done.stderr
+    times = json.loads(done.stdout)
+    saves, total, step = times["saves"], times["total"], times["total"] / times["steps"]
+    regular = saves[1:-1]  # the first and the last are the beginning and the end of the run, not the interval's
+    assert total >= 90
+    assert len(regular) >= 2
+    share, given = 100 * sum(saves) / total, times["work"] / total
+    print(
+        f"R24: {student}: {len(saves)} saves in {total:.0f} s of training, {share:.2f} % of it; a save at the interval"
+    )
+    print(f"     takes {1000 * max(regular):.0f} ms at most, {100 * max(regular) / (50 * step):.2f} % of 50 steps;")
+    print(f"     the machine gave the run {100 * given:.0f} % of a core")
+    if given < 0.8:  # a save takes longer then, and the interval does not
+        pytest.skip(f"this machine is too busy: {share:.2f} % with {100 * given:.0f} % of a core")
+    assert share <= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -235,7 +236,7 @@ def wrong_with(found: Trial, run: Path, *, step: bool) -> list[str]:
     text = found.err
     if "not finite" not in text:
         wrong.append("nothing about what is not finite")
-    if step and not ("step" in text and "last good state is in" in text):
+    if step and not (re.search(r"step \d+\b", text) and "last good state is in" in text):
         wrong.append("neither step nor last good state named")
     for name in ("summary.json", "student.safetensors"):
         if (run / name).exists():
@@ -269,6 +270,10 @@ def poisoned(method: str, cause: str, folder: Path, before: Patch | None = None)
     found = trial(words, folder, before=both, writable=["run"])
     late = cause.startswith(("a running", "outputs in", "the averaged"))  # no step is wrong, only what is measured
     wrong = wrong_with(found, folder / "run", step=True)
+    if patch is not None and not late and not re.search(rf"step ({AT}|{AT + 1})\b", found.err):
+        wrong.append(f"another step than {AT} is named")
+    if " loss term " in cause and "the loss term " not in found.err:
+        wrong.append("the term is not named")
     return found, [one for one in wrong if not (late and "a state of step" in one)]
 
 

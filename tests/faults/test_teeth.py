@@ -13,11 +13,11 @@ from branches import unpack
 from killing import draw_kill
 from outcomes import Reference, differences, lost
 from powercut import violations
-from test_kills import Fresh, Whole
+from test_kills import Fresh, Whole, killed_in_every_step
 from test_limits import WIDE, memory_complaints, need, second_start
 from test_order import cut_everywhere, not_loadable, recorded
 from test_planted import planted
-from test_same_bits import newest_problems
+from test_same_bits import newest_problems, time_left_problems
 from warmed import Warm
 
 
@@ -44,6 +44,13 @@ def test_a_state_not_restored_is_found(variant: str, found: str, warm: Warm, who
     wanted = whole("kd")
     assert killed_and_resumed(warm, wanted, fresh()) == []
     assert any(found in problem for problem in killed_and_resumed(warm, wanted, fresh(), variant))
+
+
+def test_a_count_from_each_start_is_found(warm: Warm, whole: Whole, fresh: Fresh) -> None:
+    """R1: right where an epoch is interrupted once, and so found by the second kill in one."""
+    wanted = whole("kd")
+    assert killed_and_resumed(warm, wanted, fresh(), "counted_from_each_start") == []
+    assert killed_in_every_step(warm, wanted, fresh, "counted_from_each_start")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,11 @@ def test_links_that_are_followed_are_found(warm: Warm, whole: Whole, fresh: Fres
 def test_dates_that_decide_are_found(warm: Warm, whole: Whole, fresh: Fresh) -> None:
     """R20: the older state has the later date."""
     assert newest_problems(warm, whole("kd").words, fresh(), "newest_by_date")
+
+
+def test_a_negative_time_left_is_found(warm: Warm, whole: Whole, fresh: Fresh) -> None:
+    """R20: what is left is told by the wall clock, which goes back."""
+    assert time_left_problems(warm, whole("kd").words, fresh(), "clock_set_back", "time_left_by_the_wall_clock")
 
 
 @pytest.mark.slow

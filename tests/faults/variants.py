@@ -25,7 +25,7 @@ def _with(**others: Any) -> SimpleNamespace:
     return Mostly(**others)
 
 
-# ------------------------------------------------------------------------------------------------------------ broken: R1-R4
+# ------------------------------------------------------------------------------------------------------- broken: R1 to R4
 
 
 def no_fsync() -> None:
@@ -109,10 +109,45 @@ def epoch_begun_again() -> None:
     def making(*args: Any, **more: Any) -> Any:
         loader = make_loader(*args, **more)
         epoch = loader.epoch
-        loader.epoch = lambda number, begun=0: epoch(number)
+        setattr(loader, "epoch", lambda number, begun=0: epoch(number))  # noqa: B010 - other names of its arguments
         return loader
 
     training.make_loader = making
+
+
+def counted_from_each_start() -> None:
+    """The state holds how far the epoch is, counted from the start of the process: wrong from the second start on."""
+    from faultjobs import PER_EPOCH
+
+    from kdcli import checkpoint, training
+    from kdcli.engine import fit
+
+    save, load, make_loader = checkpoint.save_state, checkpoint.load_state, training.make_loader
+    resume = fit._Training._resume
+    begun, counted = [0], [0]
+
+    def loading(*args: Any) -> Any:
+        found = load(*args)
+        counted[0] = found[1].pop("counted", 0) if found is not None else 0
+        return found
+
+    def resuming(self: Any) -> None:
+        resume(self)
+        begun[0] = self.at
+
+    def saving(directory: Any, step: int, tensors: Any, metadata: Any, **more: Any) -> Path:
+        same = step // PER_EPOCH == begun[0] // PER_EPOCH
+        position = step - begun[0] if same else step % PER_EPOCH
+        return save(directory, step, tensors, {**metadata, "counted": position}, **more)
+
+    def making(*args: Any, **more: Any) -> Any:
+        loader = make_loader(*args, **more)
+        epoch = loader.epoch
+        setattr(loader, "epoch", lambda number, at=0: epoch(number, counted[0] if at else 0))  # noqa: B010 - as above
+        return loader
+
+    checkpoint.save_state, checkpoint.load_state = saving, loading
+    fit._Training._resume, training.make_loader = resuming, making  # type: ignore[method-assign]
 
 
 def sums_forgotten() -> None:
@@ -155,7 +190,7 @@ def temporary_files_left() -> None:
     durable.clean_temps = lambda directory: []
 
 
-# --------------------------------------------------------------------------------------------------- broken: R5, R6, R15 …
+# --------------------------------------------------------------------------------------------------- broken: R5 and others
 
 
 def signals_ignored() -> None:
@@ -219,12 +254,51 @@ def newest_by_date() -> None:
     checkpoint._states = by_date
 
 
+def time_left_by_the_wall_clock() -> None:
+    """What is left is told from the difference of two times of day."""
+    from kdcli.engine import pulse
+
+    pulse.time = SimpleNamespace(monotonic=lambda: time.time())  # type: ignore[attr-defined]
+
+
 def memory_errors_unknown() -> None:
     """Nobody recognises that the memory is used up."""
     from kdcli import training
     from kdcli.engine import fit
 
     training.guarded = fit.guarded = contextlib.nullcontext
+
+
+# ----------------------------------------------------------------------------------------- broken: R7 to R9, true processes
+
+
+def gradients_not_shared() -> None:
+    """Each rank learns from its own part of the batch."""
+    from kdcli.engine import fit
+
+    fit.DistributedDataParallel = lambda module, **_: module  # type: ignore[assignment,misc]
+
+
+def ranks_waited_for() -> None:
+    """As long as torch does by itself: half an hour."""
+    from datetime import timedelta
+
+    from kdcli.engine import distributed
+
+    distributed.timedelta = lambda **_: timedelta(minutes=30)  # type: ignore[assignment,misc]
+
+
+def workers_waited_for() -> None:
+    """Without end, as torch does by itself."""
+    from kdcli.data.stream import Stream
+
+    init = Stream.__init__
+
+    def initialising(self: Any, samples: Any, *, workers: int, timeout: float) -> None:
+        init(self, samples, workers=workers, timeout=0)
+
+    Stream.__init__ = initialising  # type: ignore[method-assign]
+    Stream._watching = lambda self: contextlib.nullcontext()  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------------------------------- surroundings
@@ -262,7 +336,7 @@ TIMED: dict[str, Any] = {}
 
 
 def timed_saves() -> None:
-    """How long each save took, and the whole training, is reported in the end (seconds)."""
+    """How long each save took, and the whole training, by the clock and of the processor, is noted (seconds)."""
     from kdcli.engine import fit
 
     save, run, saves = fit._Training._save, fit._Training.run, []
@@ -273,11 +347,13 @@ def timed_saves() -> None:
         saves.append(time.perf_counter() - begun)
 
     def running(self: Any) -> Any:
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         try:
             return run(self)
         finally:
-            TIMED.update(saves=saves, total=time.perf_counter() - begun)
+            TIMED.update(
+                saves=saves, total=time.perf_counter() - begun, work=time.process_time() - worked, steps=self.at
+            )
 
     fit._Training._save, fit._Training.run = saving, running  # type: ignore[method-assign]
 
@@ -296,6 +372,17 @@ def clock_three_years_on() -> None:
     """The wall clock is three years ahead."""
     real = time.time
     _clock(lambda: real() + 3 * 365 * 86400, time.monotonic)
+
+
+def clock_set_back() -> None:
+    """The wall clock is an hour earlier at every look."""
+    real, looks = time.time, [0]
+
+    def earlier() -> float:
+        looks[0] += 1
+        return real() - 3600 * looks[0]
+
+    _clock(earlier, time.monotonic)
 
 
 def clock_frozen() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib
 import json
 import os
@@ -30,7 +29,8 @@ for folder in (HERE, HERE.parent, HERE.parent.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from harness import Result  # noqa: E402 - found through the line above when this file is the server
+from forking import settle  # noqa: E402 - found through the lines above when this file is the server
+from harness import Result  # noqa: E402
 
 LIMIT = 120.0  # seconds; a trial that takes longer hangs, also on a busy machine
 
@@ -122,8 +122,7 @@ def _serve() -> None:
                 if name not in sys.modules:
                     with contextlib.suppress(Exception):  # C extensions that only their package can import
                         importlib.import_module(name)
-            gc.collect()
-            gc.freeze()
+            settle()
             answer: dict[str, Any] = {}
         else:
             answer = _trial(request["words"], request["cwd"], request["plan"])
