@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -245,7 +246,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file.
 
     Raises:
-        InputError: it is missing, not a regular file, larger than `JSON_LIMIT`, or not JSON in UTF-8.
+        InputError: it is missing, not a regular file, larger than `JSON_LIMIT`, or not `strict_json` in UTF-8.
     """
     with open(open_regular(path), "rb") as file:
         try:
@@ -255,10 +256,25 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if len(content) > JSON_LIMIT:
         raise InputError(f"{os.fspath(path)} is too large for a JSON file of kd", hint="check the path")
     try:
-        return json.loads(content.decode())
+        return strict_json(content.decode())
     except (ValueError, RecursionError) as problem:
         reason = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
         raise InputError(f"{os.fspath(path)} is not valid JSON: {reason}", hint="restore it or remove it") from None
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The value of a JSON text, without what Python alone takes for JSON and what could not be written again.
+
+    Raises:
+        ValueError: it is not JSON, or holds NaN, an infinity or a number beyond the floats.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
 
 
 def _write_all(fd: int, buffer: Buffer) -> None:

@@ -78,10 +78,12 @@ def evaluate_checkpoint(
             other = (machine.place(theirs.backbone), theirs.use)
         modes = (inference,) if inference is not None else loaded.use.modes
         story.begin(f"evaluating {loaded.path.name}", loader.steps)
-        result = evaluate(
-            backbone, loaded.use, loader, machine, modes, teacher=other, tick=lambda done, _: story.step(done)
-        )
-        story.end()
+        try:
+            result = evaluate(
+                backbone, loaded.use, loader, machine, modes, teacher=other, tick=lambda done, _: story.step(done)
+            )
+        finally:
+            story.end()
         return envelope(
             "evaluate",
             run=None,

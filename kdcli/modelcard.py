@@ -12,6 +12,7 @@ from typing import Any
 
 from kdcli import checkpoint, durable
 from kdcli.commandline import command_line
+from kdcli.data.names import public
 from kdcli.output import one_line
 from kdcli.runs import CARD
 from kdcli.specs import RunSpec, SystemSpec, validate
@@ -36,15 +37,14 @@ def write(directory: Path) -> Path:
 
 def card(spec: RunSpec, summary: dict[str, Any], metadata: dict[str, Any], environment: dict[str, Any]) -> str:
     """The text: `summary` and `metadata` are those of the run and of its student's checkpoint."""
-    kind, colon, folder = str(metadata["dataset"]).partition(":")
-    dataset, arch = kind + colon + Path(folder).name, metadata["arch"]["name"]
+    dataset, arch = public(metadata["dataset"]), metadata["arch"]["name"]
     sections = [
         _front(spec),
         f"# {_safe(arch)}, {_distilled(spec)} on {_safe(dataset)}",
         _what(spec, summary, metadata),
         "## Use\n\n" + _use(metadata),
         "## Accuracy\n\n" + _accuracy(summary, dataset),
-        "## Teacher\n\n" + _teacher(spec, summary),
+        "## Teacher\n\n" + _teacher(summary),
         "## Training\n\n" + _training(spec, summary, environment),
         "## Classes\n\n" + _classes(metadata["classes"]),
         "## Limits\n\n" + _limits(spec, summary, dataset),
@@ -121,7 +121,7 @@ def _numbers(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _teacher(spec: RunSpec, summary: dict[str, Any]) -> str:
+def _teacher(summary: dict[str, Any]) -> str:
     told = summary.get("teacher")
     if told is None:
         return "None: the network learned from the labels alone."

@@ -75,22 +75,22 @@ def predict(
         bad: list[dict[str, str]] = []
         done = 0
         story.begin(f"classifying with {source}", len(files))
-        for names, images in _decoded(files, predictor.pixels, asked.batch_size, bad, story):
-            answers = predictor.probabilities(images)
-            if not bool(torch.isfinite(answers).all()):
-                raise NotFiniteError(f"{source} answers with NaN or infinity", hint="the network is damaged")
-            for path, shares in zip(names, answers, strict=True):
-                if not emit(_prediction(path, shares, predictor.classes, asked.top)):
-                    story.end()
-                    return _document(source, done, bad), None
-                done += 1
-            story.step(done + len(bad))
-        story.end()
+        try:
+            for names, images in _decoded(files, predictor.pixels, asked.batch_size, bad, story):
+                answers = predictor.probabilities(images)
+                if not bool(torch.isfinite(answers).all()):
+                    raise NotFiniteError(f"{source} answers with NaN or infinity", hint="the network is damaged")
+                for path, shares in zip(names, answers, strict=True):
+                    if not emit(_prediction(path, shares, predictor.classes, asked.top)):
+                        return _document(source, done, bad), None
+                    done += 1
+                story.step(done + len(bad))
+        finally:
+            story.end()  # also where it is interrupted: the bar has hidden the cursor
     error = None
     if bad:
-        error = InputError(
-            f"{len(bad)} of {len(files)} images could not be read", hint="the others are done" if done else None
-        )
+        hint = "the others are done" if done else None
+        error = InputError(f"{len(bad)} of {len(files)} images could not be read", hint=hint)
     return _document(source, done, bad), error
 
 
@@ -147,13 +147,17 @@ def _files(path: str) -> Iterator[str]:
     """A file as it is named; of a folder, all images below it in the order of names, without dot-names and linked folders.
 
     Raises:
-        InputError: a folder without an image.
+        InputError: a folder without an image, or one that cannot be listed.
     """
     if not os.path.isdir(path):
         yield path
         return
+
+    def refuse(problem: OSError) -> None:
+        raise InputError(f"{problem.filename} cannot be listed: {problem.strerror}", hint="check its permissions")
+
     found = False
-    for folder, inner, names in os.walk(path):
+    for folder, inner, names in os.walk(path, onerror=refuse):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
@@ -177,11 +181,12 @@ def _decoded(
         except InputError as problem:
             return problem
 
-    with ThreadPoolExecutor(threads()) as pool:
+    pool = ThreadPoolExecutor(threads())
 
-        def begin(at: int) -> list[Future[Tensor | InputError]]:
-            return [pool.submit(read, path) for path in files[at : at + batch_size]]
+    def begin(at: int) -> list[Future[Tensor | InputError]]:
+        return [pool.submit(read, path) for path in files[at : at + batch_size]]
 
+    try:
         ahead = begin(0)
         for at in range(0, len(files), batch_size):
             waiting, ahead = ahead, begin(at + batch_size)
@@ -196,6 +201,8 @@ def _decoded(
                     images.append(result)
             if images:
                 yield names, torch.stack(images)
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever stops in the middle does not wait for what nobody wants any more
 
 
 def _prediction(path: str, shares: Tensor, classes: tuple[str, ...], top: int) -> Prediction:

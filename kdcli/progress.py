@@ -6,7 +6,6 @@ The files may come from anyone: what does not look as it should counts as not th
 from __future__ import annotations
 
 import contextlib
-import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Now(BaseModel):
         best: the best top-1 on the test set, percent, and its epoch.
     """
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     title: str
     phase: str
@@ -86,7 +85,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in content.split(b"\n")[:-1]:  # what follows the last newline is torn
         with contextlib.suppress(ValueError, RecursionError):
-            values = json.loads(line)
+            values = durable.strict_json(line)
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 found.append(values)
     return found

@@ -40,10 +40,10 @@ class View:
     summary: dict[str, Any] | None = None
 
     @property
-    def curve(self) -> list[float]:
-        """Top-1 on the test images (else the validation images), by epoch, in percent, where it was measured."""
-        found = [score(line) for line in self.lines]
-        return [value for value in found if value is not None]
+    def curve(self) -> list[tuple[Any, float]]:
+        """Epochs with their top-1 on the test images (else the validation images), in percent, where it was measured."""
+        found = [(line.get("epoch"), score(line)) for line in self.lines]
+        return [(epoch, value) for epoch, value in found if value is not None]
 
 
 def look(directory: Path) -> View:
@@ -54,34 +54,33 @@ def look(directory: Path) -> View:
     """
     if not (directory / "spec.json").is_file():
         raise InputError(f"{directory} holds no run", hint="name the directory of a run, which holds a spec.json")
-    view = View(directory, read_log(directory / "metrics.jsonl"), read_now(directory / "state" / FILE))
     path = directory / "summary.json"
-    if path.exists():
-        view.summary = require_summary(durable.read_json(path), path)
-    return view
+    # The summary first: it is written after the last line of the log, which is complete then and cannot be missed.
+    summary = require_summary(durable.read_json(path), path) if path.exists() else None
+    return View(directory, read_log(directory / "metrics.jsonl"), read_now(directory / "state" / FILE), summary)
 
 
-def watch(directory: Path, *, once: bool, interval: float, show: Callable[[View], None]) -> dict[str, Any]:
+def watch(directory: Path, *, once: bool, interval: float, show: Callable[[View], bool]) -> dict[str, Any]:
     """Show the run until it ends; the document about it.
 
     Args:
         interval: seconds between two looks.
-        show: is called with what is new.
+        show: is called with what is new, and says whether anybody still looks at it.
 
     Raises:
         InputError: it holds no run.
         Stopped: it is unfinished and nobody trains it (exit 75: run its command again). Not with `once`.
     """
-    before, changed, doubts = None, time.monotonic(), 0
+    before, changed, doubts, read = None, time.monotonic(), 0, True
     while True:
         view = look(directory)
         seen = (len(view.lines), view.now, view.summary is not None, _stamp(directory))
         if seen != before:
             before, changed, doubts = seen, time.monotonic(), 0
-            show(view)
+            read = show(view)
         if view.summary is not None:
             return _document(view, busy=None)
-        if once:
+        if once or not read:
             return _document(view, busy=is_held(directory))
         if time.monotonic() - changed >= min(_SILENT, 5 * interval):
             # Asked twice, so that a run between two sessions of a scheduler, or one that has just ended, is not given up.
@@ -157,23 +156,33 @@ def _text(value: Any) -> str:
 
 
 class Lines:
-    """Shows a run as one line an epoch, each once."""
+    """Shows a run as one line an epoch, each once: a session that goes on does the last ones again, to the same bits.
 
-    def __init__(self, write: Callable[[str], Any]) -> None:
+    Args:
+        write: writes a line, and says whether anybody still reads them.
+    """
+
+    def __init__(self, write: Callable[[str], bool]) -> None:
         self._write, self._told = write, 0
 
-    def __call__(self, view: View) -> None:
-        for line in view.lines[self._told :]:
-            self._write(epoch_line(line))
-        self._told = len(view.lines)
-        if view.summary is not None:
-            self._write(end_line(view.summary))
+    def __call__(self, view: View) -> bool:
+        lines = [epoch_line(line) for line in view.lines[self._told :]]
+        self._told = max(self._told, len(view.lines)) if view.lines else 0  # without any it was begun anew
+        lines += [] if view.summary is None else [end_line(view.summary)]
+        return all(self._write(line) for line in lines)
 
 
 def end_line(summary: dict[str, Any]) -> str:
     """How a run ended."""
     test = summary["metrics"]["test"]
     return one_line(f"finished: top-1 {test['top1']:.2f} % of {test['n']} test images at the last epoch")
+
+
+def state_line(document: dict[str, Any]) -> str:
+    """How far an unfinished run is, and whether anybody trains it."""
+    who = {True: "training", False: "unfinished, and nobody is training it: run its command again", None: "unfinished"}
+    now = document["now"]
+    return one_line("  ".join([who[document["training"]], *([] if now is None else Now(**now).facts())]))
 
 
 class Live:
@@ -186,8 +195,9 @@ class Live:
         self._live = RichLive(console=Console(no_color="NO_COLOR" in os.environ), auto_refresh=False)
         self._live.start()
 
-    def __call__(self, view: View) -> None:
+    def __call__(self, view: View) -> bool:
         self._live.update(self._drawn(view), refresh=True)
+        return True
 
     def close(self) -> None:
         """Leave the last view on the terminal."""
@@ -206,9 +216,10 @@ class Live:
             rows += [Text(one_line(part)) for part in now.facts()]
         if curve:
             width = max(10, self._live.console.width - 24)
-            rows.append(Text(f"top-1  {sparkline(curve, width)}  {curve[-1]:.2f}", no_wrap=True))
-            best = max(curve)
-            rows.append(Text(f"best {best:.2f} in epoch {1 + curve.index(best)} of those measured", style="dim"))
+            values = [value for _, value in curve]
+            rows.append(Text(f"top-1  {sparkline(values, width)}  {values[-1]:.2f}", no_wrap=True))
+            epoch, best = max(curve, key=lambda point: point[1])
+            rows.append(Text(f"best {best:.2f} in epoch {_text(epoch)}", style="dim"))
         rows += [Text(epoch_line(line), style="dim", no_wrap=True, overflow="ellipsis") for line in view.lines[-5:]]
         if view.summary is not None:
             rows.append(Text(end_line(view.summary), style="bold"))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import TINY
+from harness import ROOT, TINY
 from torch import Tensor, nn
 
 import kdcli
-from kdcli import checkpoint
+from kdcli import checkpoint, export
 from kdcli.export import formats
-from kdcli.export.artefact import Facts, opened
+from kdcli.export.artefact import Artefact, Facts, opened
 from kdcli.export.graph import Deployed, plain
 from kdcli.inference import Classifier, Use
 from kdcli.models import build
@@ -160,6 +160,34 @@ def test_the_teacher_stands_beside_it(kd, made, teachers, tmp_path):
     assert told["teacher"]["digest"] == checkpoint.digest(teachers / "kd")
 
 
+def test_a_teacher_that_is_not_there_keeps_the_file_from_being_written(kd, made, tmp_path):
+    """Asked for by name, it is an input like the network itself: exit 3, before anything is made."""
+    result = kd("export", made / "plain", "--out", "net.safetensors", "--teacher", "gone.safetensors")
+    assert result.code == 3
+    assert not (tmp_path / "net.safetensors").exists()
+
+
+def test_nothing_says_where_things_lay(kd, made, tmp_path, graph):
+    """A folder, a teacher and a method's file have names in what is shipped, and no paths."""
+    tensors, metadata = checkpoint.load(made / "plain/student.safetensors")
+    changed = metadata | {"dataset": f"folder:{tmp_path}/photos", "method": {"name": f"{tmp_path}/mine.py", "alpha": 1}}
+    checkpoint.save(tmp_path / "here.safetensors", tensors, changed)
+    suffix = {"onnx": "onnx", "torch": "pt2"}[graph]
+    for name in (f"out.{suffix}", "out.safetensors"):
+        assert kd("export", "here.safetensors", "--out", name, "--images", 2).code == 0
+        content = (tmp_path / name).read_bytes()
+        assert str(tmp_path).encode() not in content
+        assert str(ROOT).encode() not in content
+        assert b"site-packages" not in content
+    shipped = checkpoint.read_metadata(tmp_path / "out.safetensors")
+    assert shipped["dataset"] == "folder:photos"
+    assert shipped["method"] == {"name": "mine.py", "alpha": 1}
+    assert shipped["teacher"]["digest"] == metadata["teacher"]["digest"]
+    assert "checkpoint" not in shipped["teacher"]
+    with torch.no_grad():
+        assert torch.equal(kdcli.load("out.safetensors")(pixels(3)), kdcli.load(made / "plain")(pixels(3)))
+
+
 def test_random_images_where_there_are_no_others(kd, made, tmp_path):
     """The data set may be gone, or have other classes by now."""
     tensors, metadata = checkpoint.load(made / "plain/student.safetensors")
@@ -206,6 +234,22 @@ def test_a_graph_of_nan_is_not_written(kd, made, tmp_path, monkeypatch):
     assert not (tmp_path / "net.pt2").exists()
 
 
+def test_a_graph_that_fails_on_one_image_alone_is_not_written(kd, made, tmp_path, monkeypatch):
+    """The last image is compared by itself too, and NaN there is a difference like any other."""
+    opened = export.opened
+
+    def of_batches(kind, content, name):
+        artefact = opened(kind, content, name)
+        nan = torch.full((1, 10), float("nan"))
+        return Artefact(artefact.facts, lambda images: nan if len(images) == 1 else artefact.run(images))
+
+    monkeypatch.setattr(export, "opened", of_batches)
+    result = kd("export", made / "plain", "--out", "net.pt2", "--images", 4)
+    assert result.code == 4
+    assert "differ by up to nan" in result.error
+    assert not (tmp_path / "net.pt2").exists()
+
+
 def test_a_network_that_cannot_be_traced_is_one_line(kd, made, tmp_path, monkeypatch):
     """Exit 4, with the way out."""
 
@@ -231,7 +275,7 @@ def test_without_the_extra_there_is_a_hint(kd, made, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--out", "net.bin"], "one of safetensors, onnx, torch"),
+        (["--out", "net.bin"], "name it *.safetensors, *.onnx, *.pt2"),
         (["--out", "net.pt", "--format", "torch"], "net.pt2"),
         (["--out", "net.onnx", "--format", "tflite"], "no format 'tflite'"),
         (["--out", "net.pt2", "--opset", "23"], "no opset 23 for torch"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from PIL import Image
 
 import kdcli
 from kdcli import checkpoint
-from kdcli.predict import prediction_line
+from kdcli.errors import Stopped
+from kdcli.output import Story
+from kdcli.predict import Asked, predict, prediction_line
 from kdcli.preprocessing import Preprocessing
 
 CLASSES = ("blue", "green", "red")
@@ -182,6 +185,24 @@ def test_folders_are_walked_in_order(kd, trained, photos, tmp_path):
     ]
 
 
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(kd, trained, photos, tmp_path, monkeypatch):
+    """Its images would be missing from the answer without a word: exit 3 before anything is classified."""
+    (tmp_path / "walk/locked").mkdir(parents=True)
+    (tmp_path / "walk/1.jpg").write_bytes((photos / "val/red/9.jpg").read_bytes())
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("locked"):  # no permission keeps root out
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    result = kd("predict", trained / "16", "walk")
+    assert result.code == 3
+    assert "walk/locked cannot be listed: Permission denied" in result.error
+    assert result.out == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_names_that_are_not_text(kd, trained, photos, tmp_path):
     """A path that is not UTF-8 comes back so that it can be found again, and terminal escapes stay harmless."""
@@ -234,6 +255,31 @@ def test_a_reader_that_leaves_ends_it(trained, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(lines(done.stdout)) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_stopped_in_the_middle_nothing_more_is_read(trained, photos, monkeypatch):
+    """Ctrl-C waits for no file that has not been begun, and takes the bar away, which had hidden the cursor."""
+    read, begun = Preprocessing.read, []
+
+    def slowly(self, path):
+        begun.append(path)
+        time.sleep(0.05)
+        return read(self, path)
+
+    monkeypatch.setattr(Preprocessing, "read", slowly)
+    monkeypatch.setattr("kdcli.predict.threads", lambda: 1)
+    story = Story(quiet=True)
+    ended = []
+    monkeypatch.setattr(story, "end", lambda: ended.append(True))
+    files = [str(photos / "val/red/9.jpg")] * 60
+
+    def interrupt(prediction):
+        raise Stopped("interrupted", 130)
+
+    with pytest.raises(Stopped):
+        predict(str(trained / "16"), files, Asked(batch_size=2, device="cpu", threads=1), story, interrupt)
+    assert len(begun) < 8
+    assert ended
 
 
 def test_the_ways_of_inference(kd, teachers, photos):

@@ -90,6 +90,70 @@ def test_silence_is_not_the_end_while_the_lock_is_held(kd, die_at, tmp_path):
     assert finish(watcher).code == 75
 
 
+def test_once_says_where_it_is(kd, die_at, tmp_path):
+    """Also within an epoch, and whether anybody trains it."""
+    die_at(14)
+    with pytest.raises(Died):
+        kd(*ALONE, "--checkpoint-every", "3", "--out", "run")
+    now = progress.Now(
+        title="none student", phase="training", epoch=2, epochs=3, step=14, steps=30, terms={"ce": 1.25}, lr=0.05,
+        images_per_second=812.4, eta_seconds=7, peak_mib=700.0, best=None,
+    )  # fmt: skip
+    durable.write_bytes(tmp_path / "run/state/progress.json", now.model_dump_json().encode())
+    first, second = kd("watch", "run", "--once").out.splitlines()
+    assert first.startswith("epoch 1 ")
+    assert second.startswith("unfinished, and nobody is training it: run its command again  epoch 2/3  step 14/30")
+    with runlock.hold(tmp_path / "run"):
+        assert kd("watch", "run", "--once").out.splitlines()[1].startswith("training  epoch 2/3  step 14/30  ce 1.25")
+
+
+def test_a_run_that_ends_between_two_reads_is_told_whole(kd, tmp_path, monkeypatch):
+    """The last epoch is logged and the summary written after the watcher has read the log: no line is missing."""
+    assert kd(*ALONE, "--out", "run").code == 0
+    log, summary = ((tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "summary.json"))
+    (tmp_path / "run/metrics.jsonl").write_bytes(b"".join(log.splitlines(keepends=True)[:2]))
+    (tmp_path / "run/summary.json").unlink()
+
+    def reading(path):
+        found = progress.read_log(path)
+        (tmp_path / "run/metrics.jsonl").write_bytes(log)
+        (tmp_path / "run/summary.json").write_bytes(summary)
+        return found
+
+    monkeypatch.setattr(watch, "read_log", reading)
+    told = kd("watch", "run", "--interval", "0.1").out.splitlines()
+    assert [line.split()[:2] for line in told[:3]] == [["epoch", "1"], ["epoch", "2"], ["epoch", "3"]]
+    assert told[3].startswith("finished: top-1 ")
+
+
+def test_a_session_that_goes_on_tells_no_epoch_twice(tmp_path):
+    """Its log goes back to the state that it began with; an empty one is that of another run."""
+    lines = [{"epoch": epoch, "step": 10 * epoch} for epoch in (1, 2, 3)]
+    told: list[str] = []
+
+    def write(text: str) -> bool:
+        told.append(text.split("  ")[0])
+        return True
+
+    shown = watch.Lines(write)
+    for count in (1, 3, 2, 3):
+        assert shown(watch.View(tmp_path, lines[:count])) is True
+    assert told == ["epoch 1", "epoch 2", "epoch 3"]
+    for count in (0, 1):
+        shown(watch.View(tmp_path, lines[:count]))
+    assert told[3:] == ["epoch 1"]
+
+
+def test_a_reader_that_leaves_ends_it(kd, tmp_path):
+    """`kd watch RUN | head -1` does not go on for nobody until the run ends."""
+    assert kd(*ALONE, "--out", "run").code == 0
+    (tmp_path / "run/summary.json").unlink()
+    shown = watch.Lines(lambda text: False)
+    with runlock.hold(tmp_path / "run"):
+        document = watch.watch(tmp_path / "run", once=False, interval=0.1, show=shown)
+    assert (document["finished"], document["training"]) == (False, True)
+
+
 def test_nothing_to_watch(kd, tmp_path):
     """A directory without a run, or none at all: exit 3."""
     (tmp_path / "empty").mkdir()
@@ -122,6 +186,7 @@ HOSTILE = [
     b"\xff\xfe\x00\n" * 5,
     b"[" * 100000 + b"\n",
     b'{"step": 1, "epoch": 1, "test": {"single": {"top1": 12.5}}}\n{"step": 2, "ep',
+    b'{"step": 1, "lr": NaN}\n{"step": 2, "lr": 1e999}\n{"step": 3, "lr": -Infinity}\n',
 ]
 
 
@@ -136,7 +201,8 @@ def test_files_of_anyone(content, kd, tmp_path):
     assert result.code == 0
     assert "\x1b" not in result.out
     assert "Traceback" not in result.err
-    assert result.out.count("\n") == len(progress.read_log(tmp_path / "run/metrics.jsonl"))
+    assert result.out.count("\n") == len(progress.read_log(tmp_path / "run/metrics.jsonl")) + 1
+    assert kd("watch", "run", "--once", "--json").json["now"] is None
 
 
 def test_a_pipe_in_a_files_place_does_not_hang(kd, tmp_path):

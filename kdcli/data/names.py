@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from kdcli.errors import UsageError, nearest
 
 DEFAULT_SIZE: dict[str, int] = {
@@ -68,6 +70,12 @@ def canonical(name: str, field: str = "data.dataset") -> str:
     if kind not in _ABOUT or colon:
         raise UsageError(f"unknown data set {name!r}", field=field, hint=nearest(name, known()))
     return kind
+
+
+def public(name: str) -> str:
+    """A canonical name for others to read: of `folder:PATH` the folder's own name, as where it lay is nobody's business."""
+    kind, colon, argument = name.partition(":")
+    return kind + colon + (PurePath(argument).name or argument)
 
 
 def describe(name: str) -> str:

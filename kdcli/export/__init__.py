@@ -2,58 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcli import data, durable
-from kdcli.data.randomness import generator
+from kdcli import durable
+from kdcli.data.names import public
 from kdcli.engine.device import guarded, open_device
-from kdcli.errors import IncompatibleError, KdError, UsageError, nearest
+from kdcli.errors import KdError, UsageError
 from kdcli.export import formats
-from kdcli.export.artefact import Artefact, Facts, opened
+from kdcli.export.artefact import Artefact, Facts, opened, require_onnx
+from kdcli.export.comparison import compared, images_for
 from kdcli.export.graph import Deployed, plain
 from kdcli.export.latency import milliseconds
+from kdcli.export.wish import FORMATS, Wish, checked
 from kdcli.inference import Classifier, class_logits
 from kdcli.models.network import Network, macs, parameters_of
-from kdcli.networks import Loaded, compare_classes, load_network
+from kdcli.networks import Loaded, load_network
 from kdcli.output import Story, envelope, table
 from kdcli.preprocessing import Preprocessing
 from kdcli.specs import SystemSpec, validate
-from kdcli.transforms import INFERENCE, views
+from kdcli.transforms import views
 
-FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
-TOLERANCE = 1e-3
-"""Largest difference of two outputs that counts as equal, relative to the largest output (at least 1)."""
-_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is to be exported, and how.
-
-    Attributes:
-        format: a key of `FORMATS`; None: by the suffix of `out`.
-        limit: how many images the two are compared on.
-        random: compare on random images even if the test images are there.
-        teacher: a checkpoint or run to print beside it; None: the one that the run names, if it is still there.
-    """
-
-    checkpoint: str
-    out: Path
-    format: str | None = None
-    inputs: str = "float"
-    outputs: str = "logits"
-    inference: str = "single"
-    data_dir: str | None = None
-    limit: int = 256
-    random: bool = False
-    teacher: str | None = None
-    opset: int | None = None
-    threads: int | None = None
+__all__ = ["FORMATS", "Wish", "export", "export_text"]
 
 
 def export(wish: Wish, story: Story) -> dict[str, Any]:
@@ -61,15 +34,12 @@ def export(wish: Wish, story: Story) -> dict[str, Any]:
 
     Raises:
         UsageError: a format, input, output or inference that there is not, or a missing package.
-        InputError: the checkpoint is missing or damaged.
+        InputError: the checkpoint, or the teacher that was named, is missing or damaged.
         IncompatibleError: the network cannot be expressed in the format, or answers differently there. Nothing is written.
         WriteError: the file cannot be written.
     """
-    kind = _kind(wish)
-    _check_choices(wish, kind)
+    kind = checked(wish)
     if kind == "onnx":
-        from kdcli.export.artefact import require_onnx
-
         require_onnx()  # before a large network is read
     with guarded():
         open_device(validate(SystemSpec, {"device": "cpu", "threads": wish.threads}))
@@ -80,7 +50,8 @@ def export(wish: Wish, story: Story) -> dict[str, Any]:
             hint = f"it has {', '.join(loaded.use.modes)}"
             raise UsageError(f"no {wish.inference} inference in this network", field="--inference", hint=hint)
         original = Classifier(loaded.backbone, loaded.use, loaded.metadata, wish.inference).eval()
-        images, where = _images(wish, loaded, story)
+        teacher = _teacher(wish, loaded, story)
+        images, source = images_for(loaded, wish.data_dir, wish.limit, story, random=wish.random)
         facts = _facts(wish, loaded)
         network, shipped = loaded.backbone, original
         if wish.inference == "single":
@@ -88,10 +59,8 @@ def export(wish: Wish, story: Story) -> dict[str, Any]:
             shipped = Classifier(network, replace(loaded.use, transform="none"), loaded.metadata).eval()
         story.note(f"exporting {loaded.backbone.arch} to {kind}")
         content, artefact = _made(kind, wish, loaded, network, shipped, facts)
-        check = {"images": len(images), "source": where, **_compared(original, artefact, images, str(wish.out))}
-        durable.write_bytes(wish.out, content)
+        check = {"images": len(images), "source": source, **compared(original, artefact, images, str(wish.out))}
         answers = views(loaded.use.transform) if wish.inference == "aggregate" else 1
-        size = loaded.metadata["image_size"]
         document = envelope(
             "export",
             checkpoint=str(loaded.path),
@@ -108,54 +77,19 @@ def export(wish: Wish, story: Story) -> dict[str, Any]:
             check=check,
             cost={
                 "params": parameters_of(network),
-                "macs": answers * macs(network, size * loaded.use.scale),
-                "ms_per_image": milliseconds(artefact.run, size),
+                "macs": answers * macs(network, facts.image_size * loaded.use.scale),
+                "ms_per_image": milliseconds(artefact.run, facts.image_size),
                 "threads": torch.get_num_threads(),
             },
+            **({} if teacher is None else {"teacher": _described(teacher)}),
         )
-        teacher = _teacher(wish, loaded, story)
-        return document if teacher is None else document | {"teacher": teacher}
-
-
-def _kind(wish: Wish) -> str:
-    if wish.format is None:
-        found = [kind for kind, suffix in FORMATS.items() if suffix == wish.out.suffix.lower()]
-        if not found:
-            raise UsageError(
-                f"{wish.out.name} does not say which format", field="--format", hint=f"one of {', '.join(FORMATS)}"
-            )
-        return found[0]
-    if wish.format not in FORMATS:
-        raise UsageError(f"no format {wish.format!r}", field="--format", hint=nearest(wish.format, FORMATS))
-    if wish.out.suffix.lower() != FORMATS[wish.format]:
-        hint = f"name it {wish.out.stem}{FORMATS[wish.format]}"
-        raise UsageError(f"a {wish.format} file ends in {FORMATS[wish.format]}", field="--out", hint=hint)
-    return wish.format
-
-
-def _check_choices(wish: Wish, kind: str) -> None:
-    choices = {
-        "inputs": ("float", "uint8"),
-        "outputs": ("logits", "probabilities"),
-        "inference": INFERENCE,
-    }
-    for name, known in choices.items():
-        value = getattr(wish, name)
-        if value not in known:
-            raise UsageError(f"{value!r} is none of {', '.join(known)}", field=f"--{name}", hint=nearest(value, known))
-        if kind == "safetensors" and value != known[0]:
-            hint = (
-                "kdcli.load does that by itself" if name != "inference" else "the checkpoint itself has every inference"
-            )
-            raise UsageError(f"a safetensors file holds weights, and no {value}", field=f"--{name}", hint=hint)
-    if wish.opset is not None and (kind != "onnx" or not 18 <= wish.opset <= 64):
-        raise UsageError(
-            f"no opset {wish.opset} for {kind}", field="--opset", hint="onnx alone has opsets, here 18 and up"
-        )
+        durable.write_bytes(wish.out, content)  # last: whatever failed before has left nothing behind
+        return document
 
 
 def _facts(wish: Wish, loaded: Loaded) -> Facts:
     pixels = Preprocessing.of(loaded.metadata)
+    dataset = loaded.metadata["dataset"]
     return Facts.model_validate(
         {
             "classes": loaded.metadata["classes"],
@@ -165,18 +99,12 @@ def _facts(wish: Wish, loaded: Loaded) -> Facts:
             "outputs": wish.outputs,
             "inference": wish.inference,
             "arch": loaded.backbone.arch,
-            "dataset": _public(loaded.metadata["dataset"]),
+            "dataset": None if dataset is None else public(dataset),
             "normalization": loaded.metadata["normalization"],
             "preprocessing": pixels.described(),
             "source": loaded.digest,
         }
     )
-
-
-def _public(dataset: str | None) -> str | None:
-    """A data set's name without the path to it: where a folder lay is nobody's business."""
-    kind, colon, folder = (dataset or "").partition(":")
-    return kind + colon + Path(folder).name or None
 
 
 def _made(
@@ -193,94 +121,50 @@ def _made(
     return content, opened(kind, content, str(wish.out))
 
 
-# ----------------------------------------------------------------------------------------------------------- the check
-
-
-def _images(wish: Wish, loaded: Loaded, story: Story) -> tuple[Tensor, str]:
-    """Images to compare on, uint8 [N,3,S,S], and what they are: test images of its data set where they are there."""
-    name = loaded.metadata["dataset"]
-    pixels = Preprocessing.of(loaded.metadata)
-    if name is not None and not wish.random:
-        try:
-            images = data.load(name, wish.data_dir, image_size=pixels.size)
-            compare_classes(loaded.metadata, images, loaded.path)
-            chosen = torch.randperm(len(images.test), generator=generator(0, "exported"))[: wish.limit]
-            return pixels.of_split(images.test.subset(chosen.sort().values)), f"test images of {images.name}"
-        except KdError as problem:
-            story.note(f"checking on random images: {problem.message}")
-    shape = (wish.limit, 3, pixels.size, pixels.size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator(0, "exported")), "random images"
-
-
-@torch.no_grad()
-def _compared(original: Classifier, artefact: Artefact, images: Tensor, name: str) -> dict[str, Any]:
-    """How far the exported network's outputs are from the original's.
-
-    Raises:
-        IncompatibleError: farther than `TOLERANCE`, or another class wins anywhere by more than that.
-    """
-    ours, theirs = [], []
-    for part in images.split(_BATCH):
-        logits = original(part)
-        ours.append(logits.softmax(1) if artefact.facts.outputs == "probabilities" else logits)
-        theirs.append(artefact.run(part).float())
-    alone = artefact.run(images[:1]).float()  # a graph that took the size of its batch for a constant shows it here
-    wanted, found = torch.cat(ours), torch.cat(theirs)
-    if found.shape != wanted.shape or alone.shape != wanted[:1].shape:
-        raise IncompatibleError(f"{name} would answer {list(found.shape)} instead of {list(wanted.shape)}")
-    allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
-    difference = max((wanted - found).abs().max().item(), (wanted[:1] - alone).abs().max().item())
-    equal = wanted.argmax(1) == found.argmax(1)
-    # Where two classes are as good as equal, rounding decides, and either answer is right.
-    lost = wanted.max(1).values - wanted.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
-    if not difference <= allowed or bool((lost > allowed).any()):  # `not <=`: NaN differs from everything
-        raise IncompatibleError(
-            f"the exported network does not answer as the original does: {artefact.facts.outputs} differ by up to "
-            f"{difference:.3g} (allowed {allowed:.3g}), the class is the same for {100 * equal.float().mean():.2f} % of "
-            f"{len(images)} images; nothing was written",
-            hint="try another --format or --opset",
-        )
-    return {
-        "max_difference": float(f"{difference:.3g}"),
-        "allowed": float(f"{allowed:.3g}"),
-        "equal_argmax": round(100 * equal.double().mean().item(), 4),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------- the teacher
 
 
-def _teacher(wish: Wish, loaded: Loaded, story: Story) -> dict[str, Any] | None:
-    """What the teacher costs; None where the network does not name one, or it is gone."""
+def _teacher(wish: Wish, loaded: Loaded, story: Story) -> Loaded | None:
+    """The network to print beside it; None where none is named, or the run's own is gone or another by now.
+
+    Raises:
+        KdError: the one that the wish names cannot be loaded.
+    """
+    if wish.teacher is not None:
+        return load_network(wish.teacher)
     told = loaded.metadata.get("teacher")
-    named = told.get("checkpoint") if isinstance(told, dict) else None
-    path = wish.teacher or named
-    if not isinstance(path, str):
+    if not isinstance(told, dict) or not isinstance(told.get("checkpoint"), str):
         return None
     try:
-        other = load_network(path)
+        found = load_network(told["checkpoint"])
     except KdError as problem:
-        if wish.teacher is not None:
-            raise
         story.note(f"nothing about the teacher: {problem.message}")
         return None
-    if wish.teacher is None and other.digest != told.get("digest"):  # type: ignore[union-attr]
-        story.note(f"nothing about the teacher: {other.path} is another network by now")
+    if found.digest != told.get("digest"):
+        story.note(f"nothing about the teacher: {found.path} is another network by now")
         return None
-    size = other.metadata["image_size"]
+    return found
+
+
+def _described(teacher: Loaded) -> dict[str, Any]:
+    """What the teacher is and costs, run by kd itself."""
+    network, size = teacher.backbone, teacher.metadata["image_size"]
 
     def run(images: Tensor) -> Tensor:
-        return class_logits(other.backbone, images.float() / 255, other.use, ("single",))["single"]
+        return class_logits(network, images.float() / 255, teacher.use, ("single",))["single"]
 
     return {
-        "arch": other.backbone.arch,
-        "checkpoint": str(other.path),
-        "digest": other.digest,
-        "bytes": other.path.stat().st_size,
-        "params": parameters_of(other.backbone),
-        "macs": macs(other.backbone, size * other.use.scale),
+        "arch": network.arch,
+        "checkpoint": str(teacher.path),
+        "digest": teacher.digest,
+        "bytes": teacher.path.stat().st_size,
+        "params": parameters_of(network),
+        "macs": macs(network, size * teacher.use.scale),
         "ms_per_image": milliseconds(run, size),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------- for people
 
 
 def export_text(document: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -29,14 +29,29 @@ OPSET = 23
 
 
 def safetensors(network: Network, metadata: dict[str, Any], facts: Facts) -> bytes:
-    """A kd checkpoint of the network alone: no heads, class logits; `kdcli.load` and every kd command take it."""
-    kept = {key: value for key, value in metadata.items() if key not in ("heads", "arch", "inference")}
+    """A kd checkpoint of the network alone: no heads, class logits; `kdcli.load` and every kd command take it.
+
+    It does not say where on this machine the images, the teachers or a method's file lay.
+    """
+    kept = {key: _without_paths(value) for key, value in metadata.items() if key != "heads"}
     kept |= {"arch": arch_spec(network), "resize": facts.resize, "preprocessing": facts.preprocessing}
     kept |= {"inference": {**metadata.get("inference", {}), "transform": "none"}, "source": facts.source}
+    kept |= {"dataset": facts.dataset}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
         checkpoint.save(path, tensors_of(network), kept)
         return path.read_bytes()
+
+
+def _without_paths(value: Any) -> Any:
+    """Metadata without the checkpoints that they name, and with method files by their last names."""
+    if isinstance(value, list):
+        return [_without_paths(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_paths(one) for key, one in value.items() if key != "checkpoint"}
+    name = kept.get("name")
+    return kept | {"name": PurePath(name).name} if isinstance(name, str) and name.endswith(".py") else kept
 
 
 def onnx(module: Deployed, facts: Facts, opset: int) -> bytes:
@@ -44,7 +59,7 @@ def onnx(module: Deployed, facts: Facts, opset: int) -> bytes:
 
     Raises:
         UsageError: the packages of `kdcli[onnx]` are not installed.
-        IncompatibleError: the network, or the opset, is beyond the exporter.
+        IncompatibleError: the network, or the opset, is beyond torch's exporter.
     """
     require_onnx()
     with _exporting("onnx"):
@@ -59,9 +74,15 @@ def onnx(module: Deployed, facts: Facts, opset: int) -> bytes:
             verbose=False,
         )
         model = program.model_proto
+        for node in model.graph.node:  # each tells by which lines of which files of this machine it was made
+            del node.metadata_props[:]
         model.metadata_props.add(key=KEY, value=facts_text(facts))
         model.producer_name = "kd"
-        return model.SerializeToString()
+        content = model.SerializeToString()
+    written = {entry.domain: entry.version for entry in model.opset_import}[""]
+    if written != opset:  # it keeps to its own, with a warning, where it cannot convert the graph
+        raise IncompatibleError(f"the graph came out in opset {written} and not {opset}", field="--opset")
+    return content
 
 
 def program(module: Deployed, facts: Facts) -> bytes:
@@ -70,6 +91,8 @@ def program(module: Deployed, facts: Facts) -> bytes:
         exported = torch.export.export(
             module, (_example(facts),), dynamic_shapes={"images": {0: Dim("batch")}}, strict=False
         )
+        for node in exported.graph.nodes:
+            node.meta.pop("stack_trace", None)
         content = io.BytesIO()
         torch.export.save(exported, content, extra_files={f"{KEY}.json": facts_text(facts)})
         return content.getvalue()
