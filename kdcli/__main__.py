@@ -17,6 +17,10 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    if "_KD_COMPLETE" in os.environ:  # a shell asks what could come next
+        from kdcli import completion
+
+        sys.exit(completion.respond(run))
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     arguments = [word for word in arguments if word != "--verbose"]
@@ -64,7 +68,7 @@ def _fail(error: KdError, arguments: list[str]) -> int:
     if "RANK" in os.environ:
         from kdcli.engine.launch import claim
 
-        if not claim(error.code):
+        if not claim(error):
             return error.code
     if "--json" in arguments:
         try:

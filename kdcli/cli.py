@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kdcli import __version__, flags, output, presets
-from kdcli.errors import KdError, ThresholdError, UsageError
-from kdcli.flags import Request
+from kdcli import __version__, completion, flags, output, presets
+from kdcli.errors import KdError, ThresholdError
+from kdcli.request import Request, parse_seeds, with_flags
 from kdcli.specs import RunSpec, field_paths
 
 app = typer.Typer(
@@ -36,6 +36,9 @@ _NETWORKS = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only errors.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]", autocompletion=completion.devices)
+]
 
 
 def _version(value: bool) -> None:
@@ -89,19 +92,7 @@ def _preview(spec: RunSpec, request: Request) -> None:
 
 def _seeds(text: str | None, spec: RunSpec) -> list[int]:
     """`0..4` or `0,1,2` → the seeds; without it the spec's own."""
-    if text is None:
-        return [spec.seed]
-    try:
-        if ".." in text:
-            low, high = text.split("..")
-            seeds = list(range(int(low), int(high) + 1))
-        else:
-            seeds = [int(word) for word in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0:
-        raise UsageError(f"{text!r} is no list of seeds", field="--seeds", hint="for example 0..4 or 0,1,2")
-    return seeds
+    return [spec.seed] if text is None else parse_seeds(text, "--seeds")
 
 
 def _pretrain_teacher(
@@ -181,7 +172,12 @@ def _linear_probe(
     *,
     network: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN", help="The network to freeze.")],
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help="Data sets to transfer to; repeatable. [stl10 tinyimagenet]")
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            help="Data sets to transfer to; repeatable. [stl10 tinyimagenet]",
+            autocompletion=completion.datasets,
+        ),
     ] = None,
 ) -> None:
     """Train one linear layer on the frozen features of a network; top-1 on each data set.
@@ -191,7 +187,7 @@ def _linear_probe(
     specs = []
     for name in dataset or ["stl10", "tinyimagenet"]:
         asked = {**request.flags, "encoder": network, "data.dataset": name}
-        specs.append(presets.resolve("linear-probe", flags.with_flags(request, asked)))
+        specs.append(presets.resolve("linear-probe", with_flags(request, asked)))
     if request.dry_run:
         documents = [spec.model_dump(mode="json") for spec in specs]
         return _answer(
@@ -259,9 +255,16 @@ def _evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN", help="A network, or the run that made it.")],
     inference: Annotated[
         str | None,
-        typer.Option("--inference", help="Only this way: single, marginal or aggregate; default: all it has."),
+        typer.Option(
+            "--inference",
+            help="Only this way: single, marginal or aggregate; default: all it has.",
+            autocompletion=completion.inferences,
+        ),
     ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one it was trained on.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Default: the one it was trained on.", autocompletion=completion.datasets),
+    ] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="A checkpoint or run to count agreement with.")
@@ -270,7 +273,7 @@ def _evaluate(
         float | None, typer.Option("--min-top1", help="Leave with exit code 10 if top-1 (percent) is below this.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only this many test images.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Data workers for sets that stream. [2]")] = 2,
     json_: Json = False,
@@ -300,9 +303,7 @@ def _evaluate(
         error = ThresholdError(f"top-1 is {top1:.2f} %, below {min_top1:g} %", field="--min-top1")
         document |= output.failure("evaluate", error)
     _answer(document, report.evaluation_table(document), json_)
-    if error is not None:
-        typer.echo(f"error: {error.line()}", err=True)
-        raise typer.Exit(error.code)
+    _leave(error)
 
 
 @app.command("export")
@@ -311,14 +312,35 @@ def _export(
     out: Annotated[Path, typer.Option("--out", help="The file to write: .safetensors, .onnx or .pt2.")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="safetensors, onnx or torch (torch.export); default: by the file's name."),
+        typer.Option(
+            "--format",
+            help="safetensors, onnx or torch (torch.export); default: by the file's name.",
+            autocompletion=completion.words("safetensors", "onnx", "torch"),
+        ),
     ] = None,
     inputs: Annotated[
-        str, typer.Option("--inputs", help="Pixels that the graph takes: float (0..1) or uint8 (0..255). [float]")
+        str,
+        typer.Option(
+            "--inputs",
+            help="Pixels that the graph takes: float (0..1) or uint8 (0..255). [float]",
+            autocompletion=completion.words("float", "uint8"),
+        ),
     ] = "float",
-    outputs: Annotated[str, typer.Option("--outputs", help="logits or probabilities. [logits]")] = "logits",
+    outputs: Annotated[
+        str,
+        typer.Option(
+            "--outputs",
+            help="logits or probabilities. [logits]",
+            autocompletion=completion.words("logits", "probabilities"),
+        ),
+    ] = "logits",
     inference: Annotated[
-        str, typer.Option("--inference", help="single, or (joint heads) marginal or aggregate. [single]")
+        str,
+        typer.Option(
+            "--inference",
+            help="single, or (joint heads) marginal or aggregate. [single]",
+            autocompletion=completion.inferences,
+        ),
     ] = "single",
     opset: Annotated[int | None, typer.Option("--opset", help="Of ONNX; default: the exporter's newest.")] = None,
     teacher: Annotated[
@@ -371,10 +393,15 @@ def _predict(
     ],
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the likeliest classes to give. [5]")] = 5,
     mode: Annotated[
-        str | None, typer.Option("--mode", help="single, or (joint heads) marginal or aggregate. [single]")
+        str | None,
+        typer.Option(
+            "--mode",
+            help="single, or (joint heads) marginal or aggregate. [single]",
+            autocompletion=completion.inferences,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time. [64]")] = 64,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Open a .pt2 file, which may hold code: for your own.")
@@ -426,12 +453,14 @@ def _watch(
     """
     import sys
 
-    from kdcli.watch import Lines, Live, watch
+    from kdcli.watch import Lines, Live, state_line, watch
 
     if json_:
-        return _answer(watch(run, once=once, interval=interval, show=lambda view: None), "", json_)
+        return _answer(watch(run, once=once, interval=interval, show=lambda view: True), "", json_)
     if once or not sys.stdout.isatty():
-        watch(run, once=once, interval=interval, show=Lines(output.answer))
+        document = watch(run, once=once, interval=interval, show=Lines(output.answer))
+        if once and not document["finished"]:
+            output.answer(state_line(document))
         return None
     live = Live()
     try:
@@ -444,7 +473,12 @@ def _watch(
 @app.command("sweep")
 def _sweep(
     sweep_: Annotated[
-        str, typer.Argument(metavar="SWEEP", help="A sweep's name (tables/… of `kd list presets`) or path (TOML).")
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A sweep's name (tables/…, studies/… of `kd list presets`) or path (TOML).",
+            autocompletion=completion.sweeps,
+        ),
     ],
     plan: Annotated[
         bool, typer.Option("--plan", help="Print one command a run, teachers first; train nothing.")
@@ -455,11 +489,17 @@ def _sweep(
             "--only",
             help="Only these runs: method=vsd,kd or pair=wrn40_2:wrn16_2; also label, teacher, student, preset, dataset, "
             "ratio, probe, seed, a swept setting, and stage=backbone,teacher,student,probe; repeatable.",
+            autocompletion=completion.only,
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of every run by its dotted name, such as seed=1; repeatable."),
+        typer.Option(
+            "--set",
+            help="A setting of every run by its dotted name, such as train.epochs=60; seed=0,1,2 makes three of each; "
+            "repeatable.",
+            autocompletion=completion.settings,
+        ),
     ] = None,
     jobs: Annotated[
         int,
@@ -474,29 +514,32 @@ def _sweep(
 
     kd sweep tables/vsd-2 --plan
     """
-    from kdcli import report, sweep
+    from kdcli import report
+    from kdcli.sweep import carrying_out
 
     story = output.Story(quiet=quiet)
     if plan:
-        document = sweep.plan(sweep_, only or [], set_ or [])
+        document = carrying_out.plan(sweep_, only or [], set_ or [])
         for line in report.missing_lines(document):
             story.note(line)
         lines = report.plan_lines(document)
         return _answer(document, lines, json_) if json_ or lines else None  # an empty line would be a command to xargs
-    document, error = sweep.carry_out(sweep_, only or [], set_ or [], story, jobs)
+    document, error = carrying_out.carry_out(sweep_, only or [], set_ or [], story, jobs)
     if error is not None:
         document |= output.failure("sweep", error)
     _answer(document, report.sweep_table(document), json_)
-    if error is not None:
-        typer.echo(f"error: {error.line()}", err=True)
-        raise typer.Exit(error.code)
-    return None
+    return _leave(error)
 
 
 @app.command("report")
 def _report(
     targets: Annotated[
-        list[str], typer.Argument(metavar="RUN…|SWEEP", help="Run directories, folders of runs, or one sweep.")
+        list[str],
+        typer.Argument(
+            metavar="RUN…|SWEEP",
+            help="Run directories, folders of runs, or one sweep.",
+            autocompletion=completion.sweeps,
+        ),
     ],
     format_: Annotated[
         Literal["markdown", "csv", "latex", "json"], typer.Option("--format", help="Of the table on stdout. [markdown]")
@@ -515,14 +558,24 @@ def _report(
         bool, typer.Option("--images/--no-images", help="Show sample images of the test set on the page. [on]")
     ] = True,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Of a sweep: only these runs, as in kd sweep; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help="Of a sweep: only these runs, as in kd sweep; repeatable.",
+            autocompletion=completion.only,
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Of a sweep: the settings it was run with; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Of a sweep: the settings it was run with; repeatable.",
+            autocompletion=completion.settings,
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Pass only this many test images.")] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [auto]")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Data workers for sets that stream. [2]")] = 2,
     json_: Json = False,
@@ -543,7 +596,14 @@ def _report(
 
 @app.command("list")
 def _list(
-    what: Annotated[str, typer.Argument(metavar="methods|models|datasets|presets", help="What to list.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="methods|models|datasets|presets",
+            help="What to list.",
+            autocompletion=completion.words("methods", "models", "datasets", "presets"),
+        ),
+    ],
     json_: Json = False,
 ) -> None:
     """List the methods, networks, data sets or presets there are.
@@ -558,7 +618,10 @@ def _list(
 
 @app.command("inspect")
 def _inspect(
-    model: Annotated[str, typer.Argument(help="A network's name, a checkpoint or a run directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A network's name, a checkpoint or a run directory.", autocompletion=completion.models),
+    ],
     input_size: Annotated[
         int, typer.Option("--input-size", min=4, max=1024, help="Side of the input, pixels. [32]")
     ] = 32,
@@ -580,7 +643,10 @@ def _inspect(
 
 @app.command("schema")
 def _schema(
-    method: Annotated[str | None, typer.Option("--method", help="The schema of this method's settings only.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="The schema of this method's settings only.", autocompletion=completion.methods),
+    ] = None,
 ) -> None:
     """Print the JSON Schema of the run spec, or of a method's settings.
 
@@ -597,14 +663,27 @@ def _schema(
 @app.command("import")
 def _import(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth, .pt or .safetensors of another code base.")],
-    arch: Annotated[str, typer.Option("--arch", help="The architecture it holds, such as wrn40_2.")],
+    arch: Annotated[
+        str,
+        typer.Option("--arch", help="The architecture it holds, such as wrn40_2.", autocompletion=completion.models),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Where to write the kd checkpoint (.safetensors).")],
     dataset: Annotated[
-        str | None, typer.Option("--dataset", help="The data set it was trained on, for class names and normalisation.")
+        str | None,
+        typer.Option(
+            "--dataset",
+            help="The data set it was trained on, for class names and normalisation.",
+            autocompletion=completion.datasets,
+        ),
     ] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data sets lie.")] = None,
     part: Annotated[
-        str, typer.Option("--part", help="student or teacher, of a file that holds both. [student]")
+        str,
+        typer.Option(
+            "--part",
+            help="student or teacher, of a file that holds both. [student]",
+            autocompletion=completion.words("student", "teacher"),
+        ),
     ] = "student",
     json_: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from kdcli import methods, presets
-from kdcli.flags import Request
+from kdcli.request import Request
 from kdcli.specs import RunSpec, field_paths
 
 

@@ -7,39 +7,16 @@ common ones (`--preset`, `--set`, `--dry-run`, `--json`, `--quiet`) and those of
 from __future__ import annotations
 
 import inspect
-import types
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
 
-from kdcli.specs import field_at, field_paths
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line said, before presets and defaults are merged.
-
-    Attributes:
-        flags: dotted spec path → value, only for the flags that were given.
-        presets: names or paths of presets in the order given (`-` is stdin).
-        sets: `dotted.key=value` strings in the order given.
-    """
-
-    flags: dict[str, Any]
-    presets: list[str]
-    sets: list[str]
-    dry_run: bool
-    json: bool
-    quiet: bool
-
-
-def with_flags(request: Request, given: dict[str, Any]) -> Request:
-    """The same request with other flags."""
-    return replace(request, flags=given)
+from kdcli import completion
+from kdcli.request import Request, parse_tuple
+from kdcli.specs import bare, field_at, field_paths
 
 
 def _option_type(annotation: Any) -> Any:
@@ -68,7 +45,7 @@ def _parameter(leaf: str, path: str) -> inspect.Parameter:
     shown = _default_text(field)
     if shown:
         help_text += f" [{shown}]"
-    option = typer.Option(flag, help=help_text, show_default=False)
+    option = typer.Option(flag, help=help_text, show_default=False, autocompletion=completion.OF_SETTING.get(leaf))
     return inspect.Parameter(
         leaf, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
@@ -97,14 +74,20 @@ def _common() -> list[inspect.Parameter]:
             list[str] | None,
             None,
             typer.Option(
-                "--preset", help="A preset's name or path (TOML, or a run's spec.json); - is stdin; repeatable."
+                "--preset",
+                help="A preset's name or path (TOML, or a run's spec.json); - is stdin; repeatable.",
+                autocompletion=completion.presets,
             ),
         ),
         parameter(
             "set_",
             list[str] | None,
             None,
-            typer.Option("--set", help="Any setting by its dotted name, such as method.lambda4=1; repeatable."),
+            typer.Option(
+                "--set",
+                help="Any setting by its dotted name, such as method.lambda4=1; repeatable.",
+                autocompletion=completion.settings,
+            ),
         ),
         parameter(
             "dry_run",
@@ -115,18 +98,6 @@ def _common() -> list[inspect.Parameter]:
         parameter("json_", bool, False, typer.Option("--json", help="Print one JSON document on stdout.")),
         parameter("quiet", bool, False, typer.Option("--quiet", help="No progress on stderr, only errors.")),
     ]
-
-
-def parse_tuple(text: str) -> list[Any]:
-    """`0.5,0.75` → [0.5, 0.75]; words stay words (`layer2,layer3`)."""
-
-    def item(word: str) -> Any:
-        try:
-            return float(word)
-        except ValueError:
-            return word
-
-    return [item(word.strip()) for word in text.split(",") if word.strip()]
 
 
 def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Callable[..., None]:
@@ -167,10 +138,3 @@ def command(function: Callable[..., None], leave_out: Iterable[str] = ()) -> Cal
     run.__doc__ = function.__doc__
     run.__name__ = function.__name__
     return run
-
-
-def bare(annotation: Any) -> Any:
-    """An annotation without its `| None`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation

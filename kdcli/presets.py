@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.errors import InputError, UsageError, nearest
-from kdcli.flags import Request, bare, parse_tuple
-from kdcli.specs import RunSpec, field_at, field_paths, validate
+from kdcli.request import Request, parse_tuple
+from kdcli.specs import RunSpec, bare, field_at, field_paths, validate
 
 _DEPTH = 32
 """Tables and lists within one another; a shipped preset has four."""

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -341,6 +343,13 @@ def field_paths(model: type[BaseModel] = RunSpec, prefix: str = "") -> dict[str,
         elif f"{prefix}{name}" != "command":
             paths[name] = f"{prefix}{name}"
     return paths
+
+
+def bare(annotation: Any) -> Any:
+    """An annotation without its `| None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
 
 
 def field_at(path: str) -> FieldInfo:

@@ -19,10 +19,10 @@ from kdcli.bench.ours import Ours
 from kdcli.bench.parts import architectures, build
 from kdcli.engine.device import Device
 from kdcli.errors import InputError, UsageError
-from kdcli.flags import Request
 from kdcli.models.folding import count_folded
 from kdcli.models.network import macs, stage_shapes
 from kdcli.output import Story
+from kdcli.request import Request
 from kdcli.specs import RunSpec
 
 CPU = Device(torch.device("cpu"), "fp32", 1)

@@ -175,7 +175,7 @@ def test_the_spec_of_a_run_is_a_preset_for_the_same_run(kd, tmp_path, monkeypatc
 def test_every_shipped_preset_resolves(kd):
     """As a spec: names, keys and values are right (their data need not be there)."""
     from kdcli import methods, presets
-    from kdcli.flags import Request
+    from kdcli.request import Request
 
     names = [name for name in presets.names() if not name.startswith("recipes/")]
     assert names

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import ROOT, environment
 from PIL import Image
+from warm_kd import Warm
 
 PAGE = ROOT / "docs" / "own-images.md"
 CLASSES = ["Golden Retriever", "a|b `c` <i>#", "кошка", "🐦 bird"]
@@ -59,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def script(place: Path) -> str:
+def script() -> str:
     """The page's commands as a shell script, less the installation."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if not line.startswith("pip ")]
@@ -67,23 +69,28 @@ def script(place: Path) -> str:
     for word, other in INSTEAD.items():
         assert word in text, word
         text = text.replace(word, other)
-    return f'kd() {{ {shlex.quote(sys.executable)} -m kdcli "$@"; }}\n{text}\n'
+    return text
 
 
 @pytest.fixture(scope="module")
-def told(place: Path) -> subprocess.CompletedProcess[str]:
-    """The page, carried out."""
+def told(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.CompletedProcess[str]]:
+    """The page, carried out by a shell."""
     pytest.importorskip("onnxruntime", reason="the extra kdcli[onnx] is not installed")
     pytest.importorskip("onnxscript", reason="the extra kdcli[onnx] is not installed")
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script(place)],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=560,
-    )
+    programs = tmp_path_factory.mktemp("bin")
+    warm = Warm(programs, {}, programs)
+    try:
+        yield subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script()],
+            cwd=place,
+            env={**environment(), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=560,
+        )
+    finally:
+        warm.close()
 
 
 def test_the_page_goes_through(told, place):

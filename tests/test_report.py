@@ -24,7 +24,7 @@ from kdcli.report.gathering import Gathered
 from kdcli.report.markup import tag, text
 from kdcli.report.records import Record, number, read
 from kdcli.report.rows import Row, rows_of, stat
-from kdcli.sweepfile import Number
+from kdcli.sweep.file import Number
 
 HOSTILE = "<script>alert('x')</script>|`&\"\\_{}$%\n\x1b[31m=1+1"
 ENDLESS = {"img", "meta", "br", "hr", "input", "line", "path", "circle", "rect", "image"}

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from kdcli import cli, methods, presets, teachers
 from kdcli.commandline import command_line
 from kdcli.errors import UsageError
-from kdcli.flags import Request, parse_tuple
+from kdcli.request import Request, parse_tuple
 from kdcli.specs import RunSpec, Section, field_at, field_paths, validate
 
 METHODS = list(methods.SHIPPED)

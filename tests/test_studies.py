@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import presets, sweepfile
+from kdcli import presets
 from kdcli.methods import SHIPPED
 from kdcli.specs import RunSpec
-from kdcli.sweep import expand, steps
+from kdcli.sweep import file as sweepfile
+from kdcli.sweep.planning import expand, steps
 
 STUDIES = sorted(name for name in presets.sweeps() if name.startswith("studies/"))
 

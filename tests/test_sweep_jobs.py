@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 from harness import finish, outcome, snapshot, spawn, steps_saved, wait_for_step
 
-from kdcli import sweepjobs
 from kdcli.errors import IncompatibleError, KdError, Stopped, WorkerError
 from kdcli.output import Story
-from kdcli.sweep import Outcome, Planned, carry_out, steps
+from kdcli.sweep import side_by_side
+from kdcli.sweep.carrying_out import carry_out
+from kdcli.sweep.outcome import Outcome
+from kdcli.sweep.planned import Planned
+from kdcli.sweep.planning import steps
 
 TINY = """
 [data]
@@ -125,8 +128,8 @@ def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`crew(acts, jobs, sweep)`: carry out a sweep whose processes are stand-ins; the document and the first failure."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "stand_in.py", STAND_IN)
-    monkeypatch.setattr(sweepjobs, "_CHILD", (str(tmp_path / "stand_in.py"),))
-    monkeypatch.setattr(sweepjobs, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(side_by_side, "_CHILD", (str(tmp_path / "stand_in.py"),))
+    monkeypatch.setattr(side_by_side, "_LOOK_EVERY", 0.01)
 
     def carry(acts: dict[str, list[str]], jobs: int, sweep: str, *sets: str) -> tuple[dict[str, Any], KdError | None]:
         write(tmp_path / "acts.json", json.dumps(acts))
@@ -180,7 +183,7 @@ def test_students_start_after_their_teacher_and_no_more_than_jobs_at_a_time(crew
 
 def test_cores_are_shared_out_unless_threads_are_named(crew, monkeypatch) -> None:
     """Eight cores over three jobs are two threads each; a run that began with other threads goes on with those."""
-    monkeypatch.setattr(sweepjobs, "_cores", lambda: 8)
+    monkeypatch.setattr(side_by_side, "_cores", lambda: 8)
     free = FOUR.replace("threads = 1", "").replace("[1, 2, 3, 4]", "[1, 2]")
     write(Path("s.toml"), free)
     begun = Path(steps("s.toml")[-1].directory)
@@ -208,9 +211,9 @@ def test_jobs_are_spread_over_the_gpus(crew, monkeypatch) -> None:
     given = sorted(trace(f"student{seed}")[0]["gpu"] for seed in (1, 2, 3, 4))
     assert given == ["4", "4", "6", "6"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert sweepjobs.gpus() == ["0", "1"]
+    assert side_by_side.gpus() == ["0", "1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert sweepjobs.gpus() == []
+    assert side_by_side.gpus() == []
     crew({}, 2, FOUR.replace("[1, 2, 3, 4]", "[5]"))
     assert trace("student5")[0]["gpu"] is None
 
@@ -279,7 +282,7 @@ def test_a_directory_in_use_is_waited_for(crew, capfd) -> None:
 )
 def test_how_a_process_ended(code: int, out: str, err: str, kind: str, line: str) -> None:
     """The run's own error where it told one, else how its process ended, with its last words."""
-    error = sweepjobs.outcome(code, out, err).error
+    error = side_by_side.outcome(code, out, err).error
     assert error is not None
     assert (error.kind, error.line()[: len(line)]) == (kind, line)
     assert kind != "stopped" or error.code == 75
@@ -289,7 +292,7 @@ def test_what_several_runs_answer() -> None:
     """A few-shot command and one with a baseline tell of several runs, of which the last is the one asked for."""
 
     def told(document: dict[str, Any]) -> Outcome:
-        return sweepjobs.outcome(0, json.dumps(document), "")
+        return side_by_side.outcome(0, json.dumps(document), "")
 
     def run(top1: float) -> dict[str, Any]:
         return {"run": "r", "metrics": {"test": {"top1": top1, "n": 3}}, "best_on_test": {"top1": 9.0}}
@@ -339,7 +342,7 @@ def test_a_signal_is_passed_on_once(crew, number: int, code: int) -> None:
 
 def test_a_second_signal_kills(crew, monkeypatch) -> None:
     """Runs that do not stop are ended, with the first signal's exit code."""
-    monkeypatch.setattr(sweepjobs, "_ONE_WISH", 0.1)
+    monkeypatch.setattr(side_by_side, "_ONE_WISH", 0.1)
     begun = time.monotonic()
     with signals(signal.SIGTERM, signal.SIGINT, after="student*.ready", pause=0.3), pytest.raises(Stopped) as stopped:
         crew({f"student{seed}": ["stubborn"] for seed in (1, 2)}, 2, FOUR)
@@ -365,7 +368,7 @@ def test_a_failure_of_the_sweep_itself_leaves_no_process(crew, monkeypatch) -> N
             raise RuntimeError("broken")
         return False
 
-    monkeypatch.setattr(sweepjobs._Crew, "_stopping", broken)
+    monkeypatch.setattr(side_by_side._Crew, "_stopping", broken)
     with pytest.raises(RuntimeError, match="broken"):
         crew({f"student{seed}": ["long"] for seed in (1, 2)}, 2, FOUR)
     assert len(list(Path("trace").glob("student*.15.got"))) == 2

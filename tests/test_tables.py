@@ -12,11 +12,13 @@ import pytest
 import typer.main
 from harness import environment
 
-from kdcli import cli, methods, presets, sweepfile, teachers
+from kdcli import cli, methods, presets, teachers
 from kdcli.errors import UsageError
-from kdcli.flags import Request, parse_tuple
+from kdcli.request import Request, parse_tuple
 from kdcli.specs import RunSpec, field_paths
-from kdcli.sweep import Planned, expand, steps
+from kdcli.sweep import file as sweepfile
+from kdcli.sweep.planned import Planned
+from kdcli.sweep.planning import expand, steps
 
 TABLES = sorted(name for name in presets.sweeps() if name.startswith("tables/"))
 
@@ -358,8 +360,8 @@ def test_few_shot_runs_are_the_ratios() -> None:
 def test_published_rows_of_a_method_without_torch() -> None:
     """What the methods' page is made of; a variant's row is not the method's."""
     program = (
-        "import sys\nfrom kdcli import sweepfile\n"
-        "print(sum(len(row.values) for _, row in sweepfile.published('sskd')))\n"
+        "import sys\nfrom kdcli.sweep import file\n"
+        "print(sum(len(row.values) for _, row in file.published('sskd')))\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(

@@ -151,6 +151,15 @@ def test_files_of_two_runs_in_one_directory(kd, runs):
     assert "student.safetensors, which is gone" in result.error
 
 
+def test_a_probe_names_a_network_that_lies_elsewhere(kd, runs):
+    """Its encoder: that it is not in the probe's directory is no damage."""
+    probe = ["linear-probe", "runs/finished", "--dataset", "digits", "--train-fraction", "0.1", "--max-steps", "1"]
+    assert kd(*probe, "--batch-size", "15", "--threads", "1", "--out", "probe").code == 0
+    result = kd("verify", "probe", "--json")
+    assert result.code == 0, result.err
+    assert "summary" in {file["kind"] for file in result.json["files"]}
+
+
 def test_a_spec_is_validated(kd, runs):
     """An unknown key, a wrong type, an unknown method: the file and the field are named."""
     path = runs / "finished" / "spec.json"

@@ -99,14 +99,15 @@ def _named_probes(records: list[Record]) -> list[Record]:
 
 
 def _of_sweep(name: str, only: Sequence[str], sets: Sequence[str]) -> Gathered:
-    from kdcli import sweep, sweepfile
+    from kdcli.sweep.file import load
+    from kdcli.sweep.planning import steps
 
-    loaded = sweepfile.load(name)
+    loaded = load(name)
     about = loaded.about
     usual = str(loaded.common.get("data", {}).get("dataset", "cifar100"))
     found = Gathered(about.title or name, about.source, tuple(sets))
     cache: dict[str, Record] = {}
-    for planned in sweep.steps(name, only, sets):
+    for planned in steps(name, only, sets):
         if planned.spec is None:
             status, note = ("paper", "") if planned.stage == "paper" else ("not run", f"needs {planned.needs}")
             base = Record(status, "student", "", planned.method, note=note)

@@ -14,8 +14,9 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from kdcli import methods, sweepfile
+from kdcli import methods
 from kdcli.methods.base import MethodSpec
+from kdcli.sweep import file
 
 LABELS = ("Equation", "Teacher", "Reductions", "Source", "Tensors", "Cost", "Our reading")
 _SHARED = tuple(name for name in MethodSpec.model_fields if name != "name")
@@ -117,12 +118,12 @@ def _section(name: str) -> list[str]:
 def _published(name: str) -> list[str]:
     """The numbers that the papers' tables print for a method, each with its table, teachers and epoch."""
     rows = []
-    for table, row in sweepfile.published(name):
+    for table, row in file.published(name):
         teachers, epoch = row.teachers or table.about.teachers, row.epoch or table.about.epoch
         of = {"last": "last epoch", "best": "best epoch", "unknown": "epoch not stated"}[epoch]
         teaching = "" if teachers == "none" else f"; teachers: {teachers}"
         copied = f"; {row.source}" if row.source else ""
-        numbers = zip(sweepfile.keys(table, row), row.values, strict=True)
+        numbers = zip(file.keys(table, row), row.values, strict=True)
         values = ", ".join(f"{_place(*place)} {value:.2f}" for place, value in numbers)
         rows.append(f"- `{table.name}` ({of}{teaching}{copied}): {values}")
     return ["Published top-1, %:", "", *rows, ""] if rows else []

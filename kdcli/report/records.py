@@ -19,7 +19,7 @@ from kdcli.metadata import require_summary
 from kdcli.models.names import canonical
 from kdcli.runs import flat
 from kdcli.specs import RunSpec, validate
-from kdcli.sweepfile import Number
+from kdcli.sweep.file import Number
 
 Status = Literal["finished", "unfinished", "not run", "failed to read", "paper"]
 Role = Literal["student", "teacher", "probe"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from kdcli.report.gathering import Gathered
 from kdcli.report.records import Record, number
-from kdcli.sweepfile import Number
+from kdcli.sweep.file import Number
 
 MODES = ("marginal", "aggregate")
 

@@ -26,9 +26,10 @@ from kdcli.errors import BusyError, KdError, Stopped, WorkerError
 from kdcli.output import Story
 from kdcli.runs import digest_of, directory_for, identity, open_run
 from kdcli.specs import RunSpec
-from kdcli.sweep import Outcome, Planned, done
+from kdcli.sweep.outcome import Outcome, done
+from kdcli.sweep.planned import Planned
 
-_CHILD = ("-m", "kdcli.sweepjobs_child")
+_CHILD = ("-m", "kdcli.sweep.child")
 _LOOK_EVERY = 0.1  # seconds
 _ONE_WISH = 1.0  # seconds within which signals are one: `timeout` sends its own twice, to the process and to its group
 _LONGEST_WAIT = 30.0  # seconds between two attempts at a directory that is in use

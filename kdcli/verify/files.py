@@ -63,9 +63,9 @@ def _toml(path: str) -> Facts:
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{path} is not valid TOML: {_reason(problem)}", hint="restore it") from None
     if "sweep" in values:
-        from kdcli import sweepfile
+        from kdcli.sweep.file import load
 
-        _as_input(path, "sweep", lambda: sweepfile.load(path if "/" in path else f"./{path}"))
+        _as_input(path, "sweep", lambda: load(path if "/" in path else f"./{path}"))
         return {"kind": "sweep"}
     values.pop("about", None)
     _as_input(path, "preset", lambda: _spec(values))
@@ -106,14 +106,15 @@ def _spec(values: dict[str, Any]) -> None:
 
 
 def _summary(path: str, values: dict[str, Any]) -> Facts:
-    """A run's answer. The network that it speaks of lies beside it, and was written by the same run."""
+    """A run's answer. The network that it speaks of lies beside it, and was written by the same run; not so a probe's,
+    which is the encoder where it was named."""
     if values["schema"] != SCHEMA:
         raise IncompatibleError(f"{path} has schema {str(values['schema'])[:20]}", hint="upgrade kd to read it")
     if os.path.basename(path) != "summary.json":
         return {"kind": "summary"}
     require_summary(values, path)
     file = values.get("checkpoint")
-    if isinstance(file, str):
+    if isinstance(file, str) and values.get("command") != "linear-probe":
         beside = os.path.join(os.path.dirname(path), os.path.basename(file))
         if not os.path.lexists(beside):
             raise InputError(f"{path} speaks of {os.path.basename(file)}, which is gone", hint=_ANEW)
