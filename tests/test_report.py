@@ -430,6 +430,15 @@ def test_a_pass_agrees_with_the_evaluation(kd: Kd, runs: Path, tmp_path: Path) -
     assert found.latency_ms > 0
 
 
+def test_epochs_have_whole_ticks() -> None:
+    """Three epochs are 1, 2, 3 and not 1, 1.5, 2 …; many still have few."""
+    assert charts.Axis("epoch", 1, 3, whole=True).ticks() == [1, 2, 3]
+    assert charts.Axis("epoch", 1, 240, whole=True).ticks() == [50, 100, 150, 200]
+    drawn = str(charts.lines("", "epoch", "loss", [charts.Series("kd", "s0", [1.0, 2.0, 3.0], [30.0, 20.0, 10.0])]))
+    assert ">2<" in drawn
+    assert ">2.5<" not in drawn
+
+
 @pytest.mark.parametrize(
     ("low", "high", "log"), [(0, 1, False), (61.2, 61.9, False), (12e6, 41e6, True), (1e-4, 10, True)]
 )

@@ -47,6 +47,8 @@ class Axis:
     low: float
     high: float
     log: bool = False
+    whole: bool = False
+    """Ticks at whole numbers only, for what is counted."""
 
     def at(self, value: float) -> float:
         """Where a value lies, 0..1."""
@@ -67,6 +69,7 @@ class Axis:
                     break
             return found[:: max(1, math.ceil(len(found) / 7))]
         step = _round((self.high - self.low) / 5)
+        step = max(1.0, step) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
         return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -137,7 +140,7 @@ def lines(alt: str, x_label: str, y_label: str, series: Sequence[Series], *, log
     xs = [value for one in series for value in one.xs]
     ys = [value for one in series for value in [*one.ys, *(v for _, faint in one.faint for v in faint)]]
     x, y = axis(x_label, xs), axis(y_label, ys, log=log)
-    x = Axis(x.label, min(xs), max(xs)) if max(xs) > min(xs) else x
+    x = Axis(x.label, min(xs), max(xs), whole=all(value == int(value) for value in xs)) if max(xs) > min(xs) else x
     place = _place(x, y)
     drawn = []
     for one in series:
