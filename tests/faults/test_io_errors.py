@@ -38,15 +38,17 @@ def complaints(event: dict[str, Any]) -> list[str]:
 
 def harmless(event: dict[str, Any]) -> bool:
     """Whether the run may go on: the number in the lock and the file for watchers are a courtesy, as is clearing up."""
+    # A disk that is full has room to remove something.
+    room = event["branch"].removeprefix("half-") in ("ENOSPC", "EDQUOT", "EFBIG")
+    if room and event["call"] in ("unlink", "rmdir", "ftruncate"):
+        return True
     if "progress.json" in event["path"]:
         return True
     if event["path"] == "run/.lock":
         return event["call"] in ("ftruncate", "pwrite")
-    if event["path"].startswith("run/state"):
-        return event["call"] in ("unlink", "rmdir") and event["n"] > event["summary"]
-    # A disk that is full has room to remove something.
-    room = event["branch"].removeprefix("half-") in ("ENOSPC", "EDQUOT", "EFBIG")
-    return room and event["call"] in ("unlink", "rmdir", "ftruncate")
+    return (
+        event["path"].startswith("run/state") and event["call"] in ("unlink", "rmdir") and event["n"] > event["summary"]
+    )
 
 
 def fail_at_every_call(warm: Warm, wanted: Reference, fresh: Fresh, blows: list[str], every: int, **more: bool) -> None:
