@@ -165,7 +165,8 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
         try:
             yield Run(directory, status, digest, spec)
         except BaseException:
-            if status == "new" and not (directory / "state").exists():
+            begun = (directory / "state").exists() or (directory / "summary.json").exists()
+            if status == "new" and not begun:
                 _withdraw(directory)  # nothing was computed: leave nothing behind, and what was there before
                 _move(aside, directory)
             raise

@@ -11,6 +11,7 @@ import pytest
 from harness import JOB, PER_EPOCH, STEPS, TINY, Died, finish, outcome, snapshot, spawn, steps_saved, wait_for_step
 
 from kdcli import runlock
+from kdcli.errors import WriteError
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8"]
 
@@ -286,3 +287,21 @@ def test_the_spec_of_an_overwriting_run_does_not_erase_it(kd, tmp_path):
     assert result.code == 0
     assert "finished already" in result.err
     assert snapshot(tmp_path / "run") == before
+
+
+def test_a_failure_after_the_summary_takes_nothing_of_the_finished_run(kd, tmp_path, monkeypatch):
+    """The model card is written last. A disk that fails there is told, and the run stays whole and finished."""
+    words = ["distill", "--method", "none", "--student", "resnet8", *TINY, "--max-steps", "2", "--out", "run"]
+
+    def fail(directory: Path) -> Path:
+        raise WriteError(f"cannot write {directory}/MODEL_CARD.md: no space left on device [ENOSPC]")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcli.modelcard.write", fail)
+        assert kd(*words).code == 5
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors"} <= left
+    again = kd(*words)
+    assert again.code == 0, again.err
+    assert "is finished already" in again.err
+    assert (tmp_path / "run" / "MODEL_CARD.md").is_file()
