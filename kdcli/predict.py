@@ -19,10 +19,10 @@ from kdcli.export.artefact import SUFFIXES, open_artefact
 from kdcli.inference import Classifier, class_logits
 from kdcli.networks import load_network
 from kdcli.output import Story, envelope, one_line
+from kdcli.pathlist import named
 from kdcli.preprocessing import Preprocessing
 from kdcli.specs import SystemSpec, validate
 from kdcli.transforms import INFERENCE
-from kdcli.verify.walk import named
 
 _WIDTH = 24  # characters of a class name in a row
 Prediction = dict[str, Any]

@@ -7,6 +7,8 @@ from typing import Any
 
 from kdcli.errors import UsageError
 
+_MOST_SEEDS = 1000
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,12 +49,12 @@ def parse_seeds(text: str, field: str) -> list[int]:
     """`0..4` or `0,1,2` → the seeds.
 
     Raises:
-        UsageError: it is neither, or one is negative; names `field`.
+        UsageError: it is neither, one is negative, or a range of more than a thousand; names `field`.
     """
     try:
         if ".." in text:
-            low, high = text.split("..")
-            seeds = list(range(int(low), int(high) + 1))
+            low, high = map(int, text.split(".."))
+            seeds = list(range(low, high + 1)) if high - low < _MOST_SEEDS else []
         else:
             seeds = [int(word) for word in text.split(",")]
     except ValueError:

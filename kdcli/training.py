@@ -195,7 +195,7 @@ def _backbone(spec: RunSpec, story: Story, stop: StopFlag, dataset: DataSet) -> 
 def _export(
     run: Run, role: str, network: nn.Module, dataset: DataSet, use: Use, summary: dict[str, Any], extra: dict[str, Any]
 ) -> None:
-    """Write the network and the summary; the summary comes last, since it marks the run as finished."""
+    """Write the network, then the summary, which marks the run as finished, then a student's card, made from all of them."""
     assert isinstance(network, Network | Headed)
     metadata = {
         "role": role,

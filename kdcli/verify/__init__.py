@@ -10,8 +10,9 @@ from typing import Any
 from kdcli import checkpoint
 from kdcli.errors import KdError
 from kdcli.output import envelope, failure, one_line
+from kdcli.pathlist import named
 from kdcli.verify.files import check
-from kdcli.verify.walk import Place, named, places
+from kdcli.verify.walk import Place, places
 
 _WORDS = {3: "damaged", 4: "newer", 6: "not finite"}
 _WORST_FIRST = (3, 6, 4)

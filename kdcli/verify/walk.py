@@ -1,4 +1,4 @@
-"""Which files a path stands for: itself, or everything that kd writes below a directory; a list on stdin.
+"""Which files a path stands for: itself, or everything that kd writes below a directory.
 
 Links found inside a directory never lead out of it. What merely looks like a file of kd (a FIFO called
 `student.safetensors`) is listed too, since whoever reads the directory would meet it.
@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kdcli.errors import InputError, KdError, UsageError
-
-LIST_LIMIT = 256 * 2**20  # bytes of a list on stdin: millions of paths
+from kdcli.errors import InputError, KdError
 
 _NAMES = frozenset({"spec.json", "env.json", "summary.json", "metrics.jsonl"})
 
@@ -35,19 +32,6 @@ class Place:
     skipped: bool = False
 
 
-def named(paths: Iterable[str]) -> Iterator[str]:
-    """The paths, with `-` replaced by the list on stdin: one a line, or separated by NUL bytes (`find -print0`).
-
-    Raises:
-        UsageError: the list is empty or too long, or stdin is closed.
-    """
-    for path in paths:
-        if path == "-":
-            yield from _listed()
-        else:
-            yield path
-
-
 def places(path: str) -> Iterator[Place]:
     """The files that `path` stands for; a directory that holds nothing of kd's is an error.
 
@@ -63,18 +47,6 @@ def places(path: str) -> Iterator[Place]:
     if empty:
         hint = "name a checkpoint, a spec, a run directory or a directory of runs"
         yield Place(path, error=InputError(f"{path} holds no checkpoint and no run", hint=hint))
-
-
-def _listed() -> list[str]:
-    source = getattr(sys.stdin, "buffer", None)
-    content = source.read(LIST_LIMIT + 1) if source is not None else b""
-    if len(content) > LIST_LIMIT:
-        raise UsageError(f"the list on stdin has more than {LIST_LIMIT >> 20} MiB", hint="split it")
-    words = content.split(b"\0") if b"\0" in content else content.splitlines()
-    listed = [os.fsdecode(word) for word in words if word]
-    if not listed:
-        raise UsageError("the list on stdin is empty", hint="one path a line, for example from find")
-    return listed
 
 
 def _below(root: str) -> Iterator[Place]:

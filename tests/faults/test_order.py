@@ -155,7 +155,8 @@ def seen_by_the_system(lines: list[str], root: Path) -> Counter[tuple[str, str]]
             else []
         )
         held = re.match(r"\d+<([^>]*)>", arguments)
-        paths = texts[-1:] or ([held[1]] if held else [])
+        # A descriptor that is no file (`pipe:[4711]`, stderr) has no path.
+        paths = texts[-1:] or ([held[1]] if held and held[1].startswith("/") else [])
         if call == "open" and not re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_APPEND", arguments):
             continue
         if call == "mmap" and not ("PROT_WRITE" in arguments and "MAP_SHARED" in arguments and str(root) in arguments):
