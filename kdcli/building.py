@@ -95,7 +95,8 @@ def make_method(
     return method(values, setting, student, teacher)  # type: ignore[call-arg]
 
 
-def _augment(spec: RunSpec, dataset: DataSet) -> str:
+def augmentation(spec: RunSpec, dataset: DataSet) -> str:
+    """The geometric augmentation by name; `auto`: random crops for small images, random resized crops for large ones."""
     if spec.data.augment != "auto":
         return spec.data.augment
     return "crop" if dataset.image_size <= 96 else "resized-crop"
@@ -113,7 +114,7 @@ def make_loader(spec: RunSpec, dataset: DataSet, split: Split, device: Device, *
         image_size=dataset.image_size,
         batch_size=spec.train.batch_size if train else evaluation_batch(dataset.image_size, device),
         seed=spec.seed,
-        augment=_augment(spec, dataset) if train else "none",
+        augment=augmentation(spec, dataset) if train else "none",
         device=device.torch,
         train=train,
         workers=spec.system.workers,

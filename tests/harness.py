@@ -137,7 +137,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`die_at(n)`: the process "dies" when it is about to train its step n (counted from 0); -1: never again."""
     from kdcli.engine import fit
 
-    original = fit._Training._step
+    original = fit.Training.step
     at = -1
 
     def step(self: Any, epoch: int, batch: Any) -> None:
@@ -145,7 +145,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             raise Died
         original(self, epoch, batch)
 
-    monkeypatch.setattr(fit._Training, "_step", step)
+    monkeypatch.setattr(fit.Training, "step", step)
 
     def choose(number: int) -> None:
         nonlocal at

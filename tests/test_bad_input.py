@@ -201,7 +201,7 @@ def fill_disk(monkeypatch, at: int, larger_than: int, named: str = "") -> None:
     """From training step `at` on the disk takes no file of more than `larger_than` bytes, as a full one does."""
     from kdcli.engine import fit
 
-    original, write, full = fit._Training._step, os.write, []
+    original, write, full = fit.Training.step, os.write, []
 
     def step(self, epoch, batch):
         original(self, epoch, batch)
@@ -215,7 +215,7 @@ def fill_disk(monkeypatch, at: int, larger_than: int, named: str = "") -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    monkeypatch.setattr(fit._Training, "_step", step)
+    monkeypatch.setattr(fit.Training, "step", step)
     monkeypatch.setattr(os, "write", refuse)
 
 

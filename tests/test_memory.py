@@ -188,7 +188,7 @@ def test_no_epoch_leaves_anything_behind(method, kd: Kd, teachers, monkeypatch):
     """Bytes of tensors alive after each epoch, and the most within it: all epochs but the first are equal to the byte."""
     ends: list[int] = []
     peaks: list[int] = []
-    original = fit._Training._record
+    original = fit.Training._record
 
     def record(self, epoch, evaluated):
         original(self, epoch, evaluated)
@@ -197,7 +197,7 @@ def test_no_epoch_leaves_anything_behind(method, kd: Kd, teachers, monkeypatch):
         peaks.append(live.peak)
         live.restart()
 
-    monkeypatch.setattr(fit._Training, "_record", record)
+    monkeypatch.setattr(fit.Training, "_record", record)
     with LiveBytes() as live:
         result = kd("distill", "--method", method, "--teacher", teachers / "kd", *STUDENT, "--epochs", "5", "--json")
     assert result.code == 0

@@ -60,7 +60,7 @@ def test_death_between_the_last_step_of_an_epoch_and_its_evaluation(kd, tmp_path
 
     words = recipes(teachers)["none"]
     assert kd(*words, "--out", "whole").code == 0
-    original, calls = fit._Training._evaluate, []
+    original, calls = fit.Training._evaluate, []
 
     def evaluate(self, epoch, modes):
         calls.append(epoch)
@@ -68,7 +68,7 @@ def test_death_between_the_last_step_of_an_epoch_and_its_evaluation(kd, tmp_path
             raise Died
         return original(self, epoch, modes)
 
-    monkeypatch.setattr(fit._Training, "_evaluate", evaluate)
+    monkeypatch.setattr(fit.Training, "_evaluate", evaluate)
     again = [*words, "--out", "broken", "--checkpoint-every", "1"]
     for _ in range(2):
         with pytest.raises(Died):

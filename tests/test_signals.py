@@ -26,7 +26,7 @@ def test_a_signal_in_mid_epoch(number, flags, code, word, kd, tmp_path, monkeypa
     from kdcli.engine import fit
 
     assert kd(*ALONE, "--out", "whole").code == 0
-    original, armed = fit._Training._step, [True]
+    original, armed = fit.Training.step, [True]
 
     def step(self, epoch, batch):
         if armed and self.at == PER_EPOCH + 3:
@@ -34,7 +34,7 @@ def test_a_signal_in_mid_epoch(number, flags, code, word, kd, tmp_path, monkeypa
             os.kill(os.getpid(), number)
         original(self, epoch, batch)
 
-    monkeypatch.setattr(fit._Training, "_step", step)
+    monkeypatch.setattr(fit.Training, "step", step)
     before = signal.getsignal(number)
     stopped = kd(*ALONE, "--out", "run", *flags)
     assert stopped.code == code
@@ -94,7 +94,7 @@ def test_a_stop_while_the_teacher_is_trained_on_the_way(kd, tmp_path, monkeypatc
 
     words = ["distill", "--method", "kd", "--teacher", "resnet14", "--student", "resnet8", *TINY]
     assert kd(*words, "--runs-dir", "whole").code == 0
-    original, armed = fit._Training._step, [True]
+    original, armed = fit.Training.step, [True]
 
     def step(self, epoch, batch):
         if armed and self.at == 7:
@@ -102,7 +102,7 @@ def test_a_stop_while_the_teacher_is_trained_on_the_way(kd, tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGUSR1)
         original(self, epoch, batch)
 
-    monkeypatch.setattr(fit._Training, "_step", step)
+    monkeypatch.setattr(fit.Training, "step", step)
     assert kd(*words, "--runs-dir", "broken").code == 75
     result = kd(*words, "--runs-dir", "broken")
     assert result.code == 0

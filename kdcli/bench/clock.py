@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdcli.engine.fit import _Training
+from kdcli.engine.fit import Training
 
 
 class Clock:
@@ -37,7 +37,7 @@ class Clock:
         return run
 
     @contextlib.contextmanager
-    def watching(self, training: _Training) -> Iterator[None]:
+    def watching(self, training: Training) -> Iterator[None]:
         """Time the forward pass, the backward pass (both `compute`) and the optimiser of every step taken inside.
 
         Steps are taken unrecorded meanwhile: a CUDA graph has no inside to look at.

@@ -18,11 +18,11 @@ from torchvision import transforms as T
 
 from kdcli import methods
 from kdcli.bench.parts import Parts
-from kdcli.building import _augment
+from kdcli.building import augmentation
 from kdcli.data.dataset import DataSet
 from kdcli.data.loader import Batch
 from kdcli.data.randomness import mix
-from kdcli.data.stream import _quiet_children
+from kdcli.data.stream import quiet_children
 from kdcli.engine import optim
 from kdcli.engine.device import Device
 from kdcli.engine.step import StepOutput
@@ -122,7 +122,7 @@ class Naive:
         )
         place = self.device.torch
         # torch's handler of SIGCHLD would take the end of our own stream's workers for an accident.
-        with _quiet_children():
+        with quiet_children():
             source = iter(loader)
         for views, labels, index in source:
             first, *extra = (view.to(place) for view in views)
@@ -147,7 +147,7 @@ class _Pictures(Dataset[Any]):
         native = None if split.images is None else split.images.shape[-1]
         method, values = methods.settings(spec)
         kinds = ("plain", *method.augmentations(values))
-        augment = _augment(spec, dataset)
+        augment = augmentation(spec, dataset)
         self.chains = [_chain(augment, size, native, dataset, strong=kind == "strong") for kind in kinds]
 
     def __len__(self) -> int:

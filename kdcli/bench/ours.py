@@ -18,7 +18,7 @@ from kdcli.data.loader import Batch
 from kdcli.data.randomness import mix
 from kdcli.engine import optim
 from kdcli.engine.device import Device
-from kdcli.engine.fit import Job, _Training
+from kdcli.engine.fit import Job, Training
 from kdcli.engine.signals import StopFlag
 from kdcli.engine.step import StepOutput
 from kdcli.methods.base import Progress
@@ -66,7 +66,7 @@ class Ours:
         job = Job(
             Run(nowhere, "new", "", spec), parts.step, parts.use, device, self.loader, {}, spec.train, story, stop, ""
         )
-        self.training = _Training(job)
+        self.training = Training(job)
         self.training.session_images = 0
         self._restart()
         self.training.module.train()
@@ -101,9 +101,9 @@ class Ours:
         training = self.training
         if training.at + 1 >= training.total:
             self._restart()
-        training._step(training.at // training.per_epoch, batch)
-        training._stop_code()
-        training._due()
+        training.step(training.at // training.per_epoch, batch)
+        training.stop_code()
+        training.save_due()
 
     def loss(self, batch: Batch) -> float:
         """Take a step; its loss before the update."""

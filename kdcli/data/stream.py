@@ -165,7 +165,7 @@ class Stream:
     def _in_workers(self, keys: list[Key]) -> Iterator[Tensor | KdError]:
         self._keys.keys = keys
         try:
-            with _quiet_children():
+            with quiet_children():
                 source = iter(self._start())
             for _ in keys:
                 with self._watching():
@@ -206,7 +206,7 @@ class Stream:
     def _watching(self) -> Iterator[None]:
         """While waiting for a batch, notice a worker's death at once and a worker's silence in any case.
 
-        torch installs a SIGCHLD handler that raises wherever the program happens to be; `_quiet_children` takes it out
+        torch installs a SIGCHLD handler that raises wherever the program happens to be; `quiet_children` takes it out
         and this one stands in, here only. torch's own timeout covers the wait for a batch to be announced, but not the
         fetching of it from the worker: one that is stopped in between would be waited for without end, so an alarm
         rings two seconds after the timeout. Signals reach only the main thread: elsewhere torch's timeout has to do.
@@ -238,7 +238,7 @@ class Stream:
 
 
 @contextmanager
-def _quiet_children() -> Iterator[None]:
+def quiet_children() -> Iterator[None]:
     """Leave the SIGCHLD handler as it was, whatever is started inside."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -103,13 +103,13 @@ def fit(job: Job) -> Fitted:
         OutOfMemoryError, WorkerError: as their names say.
     """
     with guarded(), listening(job.stop), job.device.stream():
-        training = _Training(job)
+        training = Training(job)
         with trackers.following(job.run, job.story) as training.tell:
             return training.run()
 
 
-class _Training:
-    """The state of one call of `fit`."""
+class Training:
+    """The state of one call of `fit`; its loop body, `step`, can be driven from outside (`kd bench`)."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.spec, self.recipe = job, job.run.spec, job.recipe
@@ -196,17 +196,18 @@ class _Training:
             self.totals.clear()
         self.module.train()
         for batch in self.job.train.epoch(epoch, begun):
-            self._step(epoch, batch)
-            if code := self._stop_code():
+            self.step(epoch, batch)
+            if code := self.stop_code():
                 self._save()
                 raise stopped(code, f"at step {self.at} of {self.end}")
-            if self._due():
+            if self.save_due():
                 self._save()
             if self.at >= self.end:
                 break
         self.update.check()
 
-    def _step(self, epoch: int, batch: Batch) -> None:
+    def step(self, epoch: int, batch: Batch) -> None:
+        """Train on one batch of an epoch."""
         recipe, seed = self.recipe, self.spec.seed
         self.update.moment(self.at, self.total, self.per_epoch, optim.rate(recipe, self.at, self.per_epoch))
         # Dropout and its like draw from torch's own generator: seeded per step, a resumed run draws the same.
@@ -222,7 +223,7 @@ class _Training:
         self.pulse.beat(self.at, self.session_images, self.best)
         self.job.story.step(self.at, self.pulse.line)
 
-    def _stop_code(self) -> int:
+    def stop_code(self) -> int:
         """The stop flag; ranks agree on it every few steps, since asking costs a collective."""
         if distributed.world() == 1:
             return self.job.stop.code
@@ -305,7 +306,8 @@ class _Training:
 
     # ------------------------------------------------------------------------------------------------- saving, resuming
 
-    def _due(self) -> bool:
+    def save_due(self) -> bool:
+        """Whether it is time to save: by the clock, or by steps where that is asked for or ranks have to agree."""
         every = self.spec.system.checkpoint_every
         if every is not None:
             return self.at % every == 0

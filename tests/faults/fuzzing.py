@@ -308,14 +308,14 @@ def dies_at(step: int) -> Callable[[], None]:
     def patch() -> None:
         from kdcli.engine import fit
 
-        original = fit._Training._step
+        original = fit.Training.step
 
         def train(self: Any, epoch: int, batch: Any) -> None:
             if self.at == step:
                 raise Died
             original(self, epoch, batch)
 
-        fit._Training._step = train  # type: ignore[method-assign]
+        fit.Training.step = train  # type: ignore[method-assign]
 
     return patch
 

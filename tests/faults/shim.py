@@ -226,7 +226,7 @@ class Shim:
         from kdcli import training
         from kdcli.engine import fit
 
-        step, evaluate, backward = fit._Training._step, fit.evaluate, torch.Tensor.backward
+        step, evaluate, backward = fit.Training.step, fit.evaluate, torch.Tensor.backward
         load_data, export = training.load_data, training._export
 
         def stepping(trainer: Any, epoch: int, batch: Any) -> None:
@@ -260,7 +260,7 @@ class Shim:
             self.moment("export", 0)
             return export(*args, **more)
 
-        fit._Training._step = stepping  # type: ignore[method-assign]
+        fit.Training.step = stepping  # type: ignore[method-assign]
         fit.evaluate = evaluating
         torch.Tensor.backward = going_back  # type: ignore[method-assign]
         training.load_data = loading

@@ -31,14 +31,14 @@ def at_step(change: Callable[[Any], None]) -> Patch:
     def patch() -> None:
         from kdcli.engine import fit
 
-        original = fit._Training._step
+        original = fit.Training.step
 
         def step(self: Any, epoch: int, batch: Any) -> None:
             if self.at == AT:
                 change(self)
             original(self, epoch, batch)
 
-        fit._Training._step = step  # type: ignore[method-assign]
+        fit.Training.step = step  # type: ignore[method-assign]
 
     return patch
 
@@ -49,14 +49,14 @@ def images(value: float) -> Patch:
     def patch() -> None:
         from kdcli.engine import fit
 
-        original = fit._Training._step
+        original = fit.Training.step
 
         def step(self: Any, epoch: int, batch: Any) -> None:
             if self.at == AT:
                 batch.images[0, 0, 3, 3] = value
             original(self, epoch, batch)
 
-        fit._Training._step = step  # type: ignore[method-assign]
+        fit.Training.step = step  # type: ignore[method-assign]
 
     return patch
 

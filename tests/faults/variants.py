@@ -123,7 +123,7 @@ def counted_from_each_start() -> None:
     from kdcli.engine import fit
 
     save, load, make_loader = checkpoint.save_state, checkpoint.load_state, training.make_loader
-    resume = fit._Training._resume
+    resume = fit.Training._resume
     begun, counted = [0], [0]
 
     def loading(*args: Any) -> Any:
@@ -147,7 +147,7 @@ def counted_from_each_start() -> None:
         return loader
 
     checkpoint.save_state, checkpoint.load_state = saving, loading
-    fit._Training._resume, training.make_loader = resuming, making  # type: ignore[method-assign]
+    fit.Training._resume, training.make_loader = resuming, making  # type: ignore[method-assign]
 
 
 def sums_forgotten() -> None:
@@ -321,7 +321,7 @@ def slow_step() -> None:
     """Before step 5 it waits until there is a file `go` beside the run."""
     from kdcli.engine import fit
 
-    step = fit._Training._step
+    step = fit.Training.step
 
     def stepping(self: Any, *args: Any) -> None:
         until = time.monotonic() + 60
@@ -329,7 +329,7 @@ def slow_step() -> None:
             time.sleep(0.01)
         step(self, *args)
 
-    fit._Training._step = stepping  # type: ignore[method-assign]
+    fit.Training.step = stepping  # type: ignore[method-assign]
 
 
 TIMED: dict[str, Any] = {}
@@ -339,7 +339,7 @@ def timed_saves() -> None:
     """How long each save took, and the whole training, by the clock and of the processor, is noted (seconds)."""
     from kdcli.engine import fit
 
-    save, run, saves = fit._Training._save, fit._Training.run, []
+    save, run, saves = fit.Training._save, fit.Training.run, []
 
     def saving(self: Any) -> None:
         begun = time.perf_counter()
@@ -355,7 +355,7 @@ def timed_saves() -> None:
                 saves=saves, total=time.perf_counter() - begun, work=time.process_time() - worked, steps=self.at
             )
 
-    fit._Training._save, fit._Training.run = saving, running  # type: ignore[method-assign]
+    fit.Training._save, fit.Training.run = saving, running  # type: ignore[method-assign]
 
 
 def _clock(wall: Any, monotonic: Any) -> None:
