@@ -36,7 +36,7 @@ def load_data(spec: RunSpec, story: Story | None = None) -> DataSet:
     )
     for note in dataset.notes:
         if story is not None:
-            story.note(note)
+            story.note_once(note)
     dataset = dataset.with_fraction(wanted.train_fraction, wanted.split_seed)
     dataset = dataset.with_validation(wanted.val_fraction, wanted.split_seed)
     return dataset.with_fraction(wanted.ratio, wanted.split_seed)

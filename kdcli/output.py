@@ -123,6 +123,7 @@ class Story:
         self.quiet = quiet
         self._bar: Any = None
         self._drawn = 0.0
+        self._noted: set[str] = set()
 
     def note(self, text: str) -> None:
         """One line for people, such as a teacher that is trained on the way."""
@@ -132,6 +133,12 @@ class Story:
             self._bar.console.print(one_line(text), markup=False, highlight=False)
         else:
             self._write(one_line(text))
+
+    def note_once(self, text: str) -> None:
+        """A note that several runs of one command would repeat, such as one about their data set."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
     def warn(self, text: str) -> None:
         """One line about something that went wrong without ending the work; said even when quiet."""

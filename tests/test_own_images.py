@@ -151,3 +151,16 @@ def test_dot_names_are_no_classes_and_that_is_said(told, place):
     assert "1 dot-names ignored" in told.stderr
     classes = json.loads((place / "answers.jsonl").read_text("utf-8").splitlines()[0])["top"]
     assert len(classes) == len(CLASSES)
+
+
+def test_a_note_on_the_images_is_told_once_though_two_networks_are_trained(kd, tmp_path):
+    for number in range(10):
+        photo(tmp_path / f"photos/{'ab'[number % 2]}/{number}.png", "RGB", number)
+    result = kd(
+        *("distill", "--method", "kd", "--dataset", "folder:photos", "--image-size", "16"),
+        *("--teacher", "resnet14", "--student", "resnet8"),
+        *("--max-steps", "1", "--batch-size", "4", "--device", "cpu", "--workers", "0"),
+    )
+    assert result.code == 0, result.err
+    assert "training it first" in result.err
+    assert result.err.count("a fixed fifth of each class is the test split") == 1
