@@ -146,7 +146,7 @@ class TrainSpec(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD momentum."""
     nesterov: bool | None = None
-    """Nesterov momentum; default: what the method's literature used."""
+    """Nesterov momentum; default: for vsd, and for hsakd but on ImageNet, whose authors add it to the common recipe."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """Weight decay, on the parameters that `decay` names."""
     decay: Literal["all", "weights"] = "all"

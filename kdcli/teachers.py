@@ -55,7 +55,7 @@ def _shared(spec: RunSpec, train: TrainSpec) -> RunSpec:
     What the recipe left open is left open again, to be filled in for that network; what the user set stays.
     """
     method, _ = methods.settings(spec)
-    nesterov = None if train.nesterov == method.nesterov else train.nesterov
+    nesterov = None if train.nesterov == method.nesterov_on(spec.data.dataset) else train.nesterov
     return spec.model_copy(
         update={
             "seed": 0,

@@ -154,7 +154,9 @@ def resolve(spec: RunSpec) -> RunSpec:
     train = spec.train
 
     explicit = train.lr
-    changes: dict[str, Any] = {"nesterov": method.nesterov if train.nesterov is None else train.nesterov}
+    changes: dict[str, Any] = {}
+    if train.nesterov is None:
+        changes["nesterov"] = method.nesterov_on(spec.data.dataset)
     update: dict[str, Any] = {}
     if spec.command == "pretrain-teacher":
         assert spec.teacher is not None
@@ -162,7 +164,7 @@ def resolve(spec: RunSpec) -> RunSpec:
         teacher_class = method_class(teacher_method["name"])
         _check_mixing(spec, teacher_class, teacher_method["name"])
         if train.nesterov is None:
-            changes["nesterov"] = method.nesterov if teacher_class is method else teacher_class.nesterov
+            changes["nesterov"] = teacher_class.nesterov_on(spec.data.dataset)
         values = validate(teacher_class.Spec, teacher_method, prefix="method")
         grown = teacher_class.teacher_backbone(values) is not None and Path(spec.teacher).exists()
         name = spec.teacher if grown else canonical(spec.teacher, field="teacher")

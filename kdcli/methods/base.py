@@ -113,7 +113,7 @@ class Method(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True
     """Whether a student is trained with a teacher."""
     nesterov: ClassVar[bool] = False
-    """Whether the method's literature trained with Nesterov momentum."""
+    """Whether the method's literature added Nesterov momentum to the common recipe; see `nesterov_on`."""
     fixed_stride: ClassVar[bool] = False
     """Whether networks must down-sample alike at every input size even where both see the same size."""
     mixes: ClassVar[bool] = True
@@ -132,6 +132,11 @@ class Method(nn.Module, ABC):
     @classmethod
     def check(cls, spec: Any) -> None:
         """Raise `UsageError` where settings contradict each other. Called before anything is loaded."""
+
+    @classmethod
+    def nesterov_on(cls, dataset: str) -> bool:
+        """Whether the method is trained with Nesterov momentum on this data set, unless the user says so or not."""
+        return cls.nesterov
 
     @classmethod
     def for_pair(cls, given: dict[str, Any], teacher: str, student: str, dataset: str) -> dict[str, Any]:

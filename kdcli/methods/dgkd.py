@@ -37,7 +37,7 @@ class DGKDSpec(LogitSpec):
     """Weight 1-λ of the cross-entropy to the labels (the released default leaves it out)."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight λ of each divergence."""
-    temperature: float = Field(default=5.0, gt=0)
+    temperature: float = Field(default=5.0, gt=0, le=1000)
     """T, by which all logits are divided."""
     drop: int = Field(default=1, ge=0)
     """How many of the teaching networks are left out of each batch, at least one being kept."""

@@ -39,7 +39,7 @@ class DISTSpec(LogitSpec):
     """Weight β of the inter-class term (rows)."""
     gamma: float = Field(default=1.0, ge=0)
     """Weight γ of the intra-class term (columns)."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, by which both networks' logits are divided: 4 (CIFAR-100), 1 (ImageNet)."""
 
 

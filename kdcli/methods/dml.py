@@ -44,7 +44,7 @@ class DMLSpec(MethodSpec):
     """Weight of each network's cross-entropy to the labels."""
     kl_weight: float = Field(default=1.0, ge=0)
     """Weight of each network's mean divergence from the others."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """T, by which all logits are divided (the paper: 1)."""
 
     @field_validator("peers")

@@ -57,7 +57,7 @@ class FeatureSpec(MethodSpec):
     """Weight of the cross-entropy to the labels."""
     kd_weight: float = Field(default=0.0, ge=0)
     """Weight of Hinton's divergence beside the method's own term; 0 in the CRD tables, 1 in their "+KD" rows."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T of that divergence."""
 
 

@@ -55,7 +55,7 @@ class HSAKDSpec(MethodSpec):
     points better); frozen adds heads to a finished ordinary network (the tables' HSAKD)."""
     head_epochs: int | None = Field(default=None, ge=1)
     """Epochs of the heads of a frozen teacher; default: 5/12 of the recipe's (released code: 100 of 240)."""
-    temperature: float = Field(default=3.0, gt=0)
+    temperature: float = Field(default=3.0, gt=0, le=1000)
     """Temperature of both divergences."""
     ce_weight: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy of the upright images."""
@@ -68,6 +68,11 @@ class HSAKDSpec(MethodSpec):
     lowered the accuracy."""
 
     @field_validator("transform")
+    @classmethod
+    def nesterov_on(cls, dataset: str) -> bool:
+        """The CIFAR scripts have Nesterov momentum, those for ImageNet have not."""
+        return dataset != "imagenet"
+
     @classmethod
     def _known(cls, value: str) -> str:
         return check(value)

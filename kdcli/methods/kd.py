@@ -31,7 +31,7 @@ class KDSpec(LogitSpec):
     """Weight a of the cross-entropy to the labels."""
     kd_weight: float = Field(default=0.9, ge=0)
     """Weight b of the divergence to the teacher."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, by which both networks' logits are divided."""
 
 

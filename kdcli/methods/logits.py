@@ -26,7 +26,7 @@ class LogitSpec(MethodSpec):
     """Weight of the cross-entropy to the labels."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of all terms that compare logits."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, by which both networks' logits are divided."""
 
 

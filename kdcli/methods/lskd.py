@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdcli import methods
 from kdcli.data.loader import Batch
-from kdcli.errors import UsageError
+from kdcli.errors import IncompatibleError, UsageError
 from kdcli.losses import exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.methods.logits import LogitMethod, LogitSpec
@@ -84,7 +84,7 @@ class LSKDSpec(MethodSpec):
     """The method's name."""
     inner: dict[str, Any] = Field(default={"name": "kd"})
     """Name and settings of the logit method that compares the standardised logits, its `ce_weight` included."""
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, le=1000)
     """T of the inner method."""
     weight: float = Field(default=9.0, ge=0)
     """Weight b of the inner method's terms (the place of its `kd_weight`)."""
@@ -105,6 +105,12 @@ class LSKD(Method):
         self, spec: LSKDSpec, setting: Setting, student: Network | None, teacher: Network | Headed | Panel | None
     ) -> None:
         super().__init__(spec, setting, student, teacher)
+        if setting.classes < 3:
+            raise IncompatibleError(
+                "lskd needs three classes: standardised, two logits keep nothing but their order",
+                field="method",
+                hint="kd does the same with raw logits",
+            )
         method, values = inner(spec)
         self.inner = method(values, setting, student, teacher)
         self.inner.prepare = standardise

@@ -50,7 +50,7 @@ class MLKDSpec(LogitSpec):
     """Weight a of the cross-entropies to the labels, one for each view."""
     kd_weight: float = Field(default=0.9, ge=0)
     """Weight b of the terms of all three levels."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, the first of the five temperatures; the others are 3, 5, 2 and 6."""
     masks: Literal["scalar", "per_sample"] = "scalar"
     """How confident images and classes are masked out: scalar multiplies each loss by the share that is kept (the released

@@ -33,7 +33,7 @@ class NKDSpec(LogitSpec):
     """The method's name."""
     gamma: float = Field(default=3.5, ge=0)
     """Weight γ of the other classes' term: 3.5 (CIFAR-100), 1.5 (ImageNet)."""
-    temperature: float = Field(default=3.0, gt=0)
+    temperature: float = Field(default=3.0, gt=0, le=1000)
     """T of the other classes' term: 3 (CIFAR-100), 1 (ImageNet)."""
 
 

@@ -14,7 +14,8 @@ Cost: one teacher forward; a head per stage of the student (wrn16_2: separable c
 Our reading: with ε = 1 O is the cross-entropy to the teacher's probabilities. The paper's text raises the right class's
     factor instead, (1 + p_y)^ε, which is the released form plus the cross-entropy to the label. There is no factor T². The
     released heads are written for four stages at 224 pixels; here they are counted from the last stage, halve maps down to
-    1x1 at most, and merge patches only where a grid has 14 or more to a side.
+    1x1 at most, and merge patches only where a grid has 14 or more to a side. Of a student with a class token they read the
+    mean patch, since a stage's map holds the patches alone.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class OFASpec(MethodSpec):
     """Weight c of each stage's."""
     eps: float = Field(default=1.0, gt=0)
     """ε, the exponent that raises the teacher's confidence in the right class; 1.5 on ImageNet."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """T, by which all logits are divided (no factor T²)."""
     stages: int = Field(default=4, ge=1)
     """How many stages have heads, counted from the last, as far as the student has them."""
@@ -144,7 +145,7 @@ class ConvHead(nn.Module):
         super().__init__()
         widths = [channels * 2**j for j in range(later)] + [width]
         blocks: list[nn.Module] = [_Separable(a, b) for a, b in itertools.pairwise(widths)]
-        self.blocks = nn.Sequential(*(blocks or [nn.Conv2d(channels, width, 1, bias=False), BatchNorm2d(width)]))
+        self.blocks = nn.Sequential(*(blocks or [nn.Conv2d(channels, width, 1)]))
         self.classifier = nn.Linear(width, outputs)
         _initialise(self)
 

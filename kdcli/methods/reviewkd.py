@@ -137,10 +137,10 @@ class ReviewKD(FeatureMethod):
 
     @classmethod
     def for_pair(cls, given: dict[str, Any], teacher: str, student: str, dataset: str) -> dict[str, Any]:
-        """λ of the pair; ImageNet's λ, warm-up, maps of the student and statistics of the teacher."""
+        """λ of the pair; ImageNet's λ, M, warm-up, maps of the student and statistics of the teacher."""
         if dataset == "imagenet":
-            weight = 8.0 if student.removeprefix("torchvision:") == "mobilenetv1" else 1.0
-            return {"weight": weight, "warmup": 1, "student_taps": "preact", "teacher_bn": "eval"}
+            own = {"weight": 8.0, "mid_channels": 256} if student.removeprefix("torchvision:") == "mobilenetv1" else {}
+            return {"weight": 1.0, **own, "warmup": 1, "student_taps": "preact", "teacher_bn": "eval"}
         weight = WEIGHTS.get((teacher, student))
         return {} if weight is None else {"weight": weight}
 

@@ -67,7 +67,7 @@ class SLKDSpec(MethodSpec):
     teachers too, as in the released code, which the paper names as that of its experiments."""
     ce_share: float = Field(default=0.1, ge=0, le=1)
     """a, the weight of the cross-entropy beside the teacher's lesson, whose weight is 1 - a."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, by which all logits are divided in the divergences."""
     process_weight: float = Field(default=1.0, ge=0)
     """w, the weight of the self-learning teachers' lesson."""

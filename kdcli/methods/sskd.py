@@ -63,11 +63,11 @@ class SSKDSpec(MethodSpec):
     released code, which is the default; arXiv prints (10, 2.7), the supplement of the ECCV version (5, 3)."""
     ss_weight: float = Field(default=10.0, ge=0)
     """Weight of the divergence of the similarities, λ3 in the paper's Eq. 8; see tf_weight."""
-    kd_temperature: float = Field(default=4.0, gt=0)
+    kd_temperature: float = Field(default=4.0, gt=0, le=1000)
     """Temperature of the upright images' logits."""
-    tf_temperature: float = Field(default=4.0, gt=0)
+    tf_temperature: float = Field(default=4.0, gt=0, le=1000)
     """Temperature of the turned images' logits."""
-    ss_temperature: float = Field(default=0.5, gt=0)
+    ss_temperature: float = Field(default=0.5, gt=0, le=1000)
     """Temperature of the similarities."""
     tf_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of the turned images that the teacher misclassifies from which the student learns nevertheless."""
@@ -115,8 +115,8 @@ class SSKD(Method):
 
     @classmethod
     def for_pair(cls, given: dict[str, Any], teacher: str, student: str, dataset: str) -> dict[str, Any]:
-        """ImageNet's weight of the cross-entropy (torchdistill's; the authors published no settings for it)."""
-        return {"ce_weight": 1.0} if dataset == "imagenet" else {}
+        """ImageNet's weight of the cross-entropy and epochs of the projection (torchdistill's; the authors give none)."""
+        return {"ce_weight": 1.0, "head_epochs": 30} if dataset == "imagenet" else {}
 
     @classmethod
     def augmentations(cls, spec: SSKDSpec) -> tuple[Literal["crop", "strong"], ...]:

@@ -15,7 +15,7 @@ Our reading: the released code averages the KL over the classes too (`reduction=
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from kdcli.data.loader import Batch
 from kdcli.losses import divergence
 from kdcli.methods.base import MethodSpec, Progress
+from kdcli.methods.kd import KD
 from kdcli.methods.logits import LogitMethod, LogitSpec
 from kdcli.models.features import Features
 
@@ -36,7 +37,7 @@ class TAKDSpec(LogitSpec):
     """Weight a of the cross-entropy to the labels (1-λ in the paper)."""
     kd_weight: float = Field(default=0.9, ge=0)
     """Weight b of the divergence (λ in the paper)."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T, by which both networks' logits are divided."""
     reduction: Literal["batchmean", "mean"] = "batchmean"
     """The KL as a mean over the batch (the paper) or over batch and classes (the released code)."""
@@ -47,6 +48,11 @@ class TAKD(LogitMethod):
 
     Spec: ClassVar[type[MethodSpec]] = TAKDSpec
     assistants: ClassVar[Literal["none", "last", "all"]] = "last"
+
+    @classmethod
+    def for_pair(cls, given: dict[str, Any], teacher: str, student: str, dataset: str) -> dict[str, Any]:
+        """Those of KD."""
+        return KD.for_pair(given, teacher, student, dataset)
 
     def distil(self, batch: Batch, student: Features, teacher: Features, progress: Progress) -> dict[str, Tensor]:
         """{"kd"} from the logits [B,K] of both networks."""

@@ -83,7 +83,7 @@ class TASSpec(MethodSpec):
     """b, the weight of every comparison of logits."""
     gamma: float = Field(default=1.0, gt=0)
     """γ, the exponent that raises the target's confidence in the right class (OFA's ε)."""
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
     """T of the divergence, for logit_loss=kd."""
     ce_weight: float = Field(default=1.0, ge=0)
     """w, the weight of the student's cross-entropy to the labels."""

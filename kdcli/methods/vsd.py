@@ -24,6 +24,7 @@ Our reading: the paper leaves much open. Where it is silent, the reading is that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from kdcli.data.loader import Batch
 from kdcli.errors import IncompatibleError, UsageError
+from kdcli.gather import BatchNorm2d
 from kdcli.losses import cross_entropy, divergence, exact
 from kdcli.methods.base import Method, MethodSpec, Progress, Setting
 from kdcli.methods.joint import joint_cross_entropies, require_heads, shared_stages
@@ -83,9 +85,9 @@ class VSDSpec(MethodSpec):
     lambda4: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy of the student's auxiliary heads agg2 (Eq. 3, read with the student's heads: as
     printed it has no gradient for the student); 0 in the final method (Section 4.1)."""
-    tau_kd: float = Field(default=3.0, gt=0)
+    tau_kd: float = Field(default=3.0, gt=0, le=1000)
     """Temperature of both distillation terms (not in the paper; HSAKD: 3)."""
-    tau_ce: float = Field(default=1.0, gt=0)
+    tau_ce: float = Field(default=1.0, gt=0, le=1000)
     """Temperature inside the cross-entropies (Eq. 1-3 write one; HSAKD: 1)."""
     tau2: bool = True
     """Multiply the distillation terms by tau_kd squared (not in Eq. 4 and 5; HSAKD does)."""
@@ -301,8 +303,8 @@ class VSD(Method):
             return divergence(student, teacher, tau, scaled=scaled)
         s, t = _marginal(student / tau, classes), _marginal(teacher / tau, classes)
         if not self.same_space:  # one teacher distribution per image: the mean over its own views
-            per_image = t.exp().unflatten(0, (-1, views(self.spec.teacher_transform or self.spec.transform))).mean(1)
-            t = per_image.log().repeat_interleave(self.m, 0)
+            m = views(self.spec.teacher_transform or self.spec.transform)
+            t = (t.unflatten(0, (-1, m)).logsumexp(1) - math.log(m)).repeat_interleave(self.m, 0)
         loss = divergence(s, t, 1.0)
         return loss * tau**2 if scaled else loss
 
@@ -342,7 +344,7 @@ def _connector(student: int, teacher: int) -> nn.Module:
     """1x1 convolution and BatchNorm to the teacher's width where the widths differ."""
     if student == teacher:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher))
+    return nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), BatchNorm2d(teacher))
 
 
 def _marginal(joint: Tensor, classes: int) -> Tensor:
