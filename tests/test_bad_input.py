@@ -26,6 +26,7 @@ USAGE = {
     "unknown key": ([*ALONE, "--set", "train.epohcs=3"], ["train.epohcs", "did you mean epochs"]),
     "key elsewhere": ([*ALONE, "--set", "epochs=3"], ["epochs", "it is train.epochs"]),
     "unknown method key": ([*KD, "--set", "method.temprature=3"], ["method.temprature", "did you mean temperature"]),
+    "a temperature that rounds away": ([*KD, "--set", "method.temperature=1e5"], ["method.temperature", "1000"]),
     "bad method value": ([*KD, "--set", "method.temperature=-1"], ["method.temperature", "greater than 0"]),
     "set without value": ([*ALONE, "--set", "train.epochs"], ["--set", "KEY=VALUE"]),
     "bad value": ([*ALONE, "--set", "train.epochs=many"], ["train.epochs", "many"]),

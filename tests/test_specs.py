@@ -318,6 +318,16 @@ def test_nesterov_follows_the_method(name: str, nesterov: bool) -> None:
     assert resolved("distill", nesterov=not nesterov, **given).train.nesterov is not nesterov
 
 
+@pytest.mark.parametrize(("dataset", "nesterov"), [("cifar100", True), ("imagenet", False)])
+@pytest.mark.parametrize("command", ["distill", "pretrain-teacher"])
+def test_hsakd_has_nesterov_momentum_where_its_scripts_have(command: str, dataset: str, nesterov: bool) -> None:
+    student = {"student": "wrn16_2"} if command == "distill" else {}
+    found = resolved(command, method="hsakd", teacher="wrn40_2", dataset=dataset, **student)
+    assert found.train.nesterov is nesterov
+    if student:
+        assert teachers.spec_for(found).train.nesterov is nesterov
+
+
 # ------------------------------------------------------------------------------------------------------------ presets
 
 

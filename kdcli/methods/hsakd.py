@@ -69,11 +69,6 @@ class HSAKDSpec(MethodSpec):
 
     @field_validator("transform")
     @classmethod
-    def nesterov_on(cls, dataset: str) -> bool:
-        """The CIFAR scripts have Nesterov momentum, those for ImageNet have not."""
-        return dataset != "imagenet"
-
-    @classmethod
     def _known(cls, value: str) -> str:
         return check(value)
 
@@ -105,6 +100,11 @@ class HSAKD(Method):
             count = shared_stages(student, teacher)
             self.taps, self.teacher_taps = student.head_taps[-count:], main.head_taps[-count:]
             self.student_heads = build_heads(student, width, count)
+
+    @classmethod
+    def nesterov_on(cls, dataset: str) -> bool:
+        """The CIFAR scripts have Nesterov momentum, those for ImageNet have not."""
+        return dataset != "imagenet"
 
     @classmethod
     def check(cls, spec: Any) -> None:

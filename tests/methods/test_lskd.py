@@ -232,9 +232,7 @@ def test_teachers_are_shared_with_the_inner_method() -> None:
 
 
 def test_what_the_inner_method_refuses_is_refused() -> None:
-    """Two classes around DKD, or networks of other outputs: exit code 4 before training."""
-    with pytest.raises(IncompatibleError, match="2 classes"):
-        method(2, inner={"name": "dkd"})
+    """Networks of other outputs: exit code 4 before training."""
     with pytest.raises(IncompatibleError, match="10 outputs"):
         LSKD(spec(), setting(10), build("resnet8", 10), build("resnet14", 3))
 
@@ -250,3 +248,10 @@ def test_real_networks_of_unlike_families_distil() -> None:
     terms = mine.loss(batch(torch.tensor([1, 7])), network.features(images), target, PROGRESS)
     torch.stack(list(terms.values())).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_two_classes_are_refused() -> None:
+    """Standardised, two logits are always the same two numbers: an error with exit code 4, before training."""
+    with pytest.raises(IncompatibleError, match="three classes") as problem:
+        method(2)
+    assert problem.value.code == 4

@@ -90,6 +90,14 @@ def test_widths_double_and_end_at_the_wider_network() -> None:
     assert head.classifier.in_features == 128
 
 
+def test_behind_the_last_stage_is_a_bare_convolution() -> None:
+    """1x1 with a bias and nothing else, as released; so a batch of one can be trained on."""
+    head = ConvHead(64, 1, 0, 128, 20)
+    assert [type(block) for block in head.blocks] == [torch.nn.Conv2d]
+    assert head.blocks[0].bias is not None
+    assert head(torch.randn(1, 64, 1, 1)).shape == (1, 20)
+
+
 def test_large_grids_are_merged() -> None:
     """14 x 14 patches become 7 x 7; 8 x 8 stay."""
     assert TokenHead(8, 14, 1, 8, 5).merge(torch.randn(1, 8, 14, 14)).shape[2:] == (7, 7)

@@ -320,7 +320,8 @@ def test_imagenet_has_settings_of_its_own() -> None:
     wanted = {"weight": 1.0, "warmup": 1, "student_taps": "preact", "teacher_bn": "eval"}
     found = resolved("resnet34", "resnet18", "imagenet")
     assert {key: found[key] for key in wanted} == wanted
-    assert resolved("torchvision:resnet50", "mobilenetv1", "imagenet")["weight"] == 8
+    light = resolved("torchvision:resnet50", "mobilenetv1", "imagenet")
+    assert (light["weight"], light["mid_channels"]) == (8, 256)
     cifar = resolved("resnet34", "resnet18", "cifar100")
     assert [cifar[key] for key in wanted] == [1, 20, "feature", "batch"]
 

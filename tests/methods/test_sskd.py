@@ -321,7 +321,7 @@ def test_the_students_projection_is_the_methods_own() -> None:
 def test_imagenet_weighs_the_cross_entropy_more() -> None:
     """Torchdistill's weights there, the released ones elsewhere."""
     pair = ("torchvision:resnet34", "torchvision:resnet18")
-    assert SSKD.for_pair({}, *pair, "imagenet") == {"ce_weight": 1.0}
+    assert SSKD.for_pair({}, *pair, "imagenet") == {"ce_weight": 1.0, "head_epochs": 30}
     assert SSKD.for_pair({}, "wrn40_2", "wrn16_2", "cifar100") == {}
 
 

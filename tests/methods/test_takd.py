@@ -39,3 +39,8 @@ def test_by_default_a_link_is_kd() -> None:
     released = TAKD(TAKDSpec(reduction="mean"), setting(20), None, None).loss(*arguments)
     assert {k: v.item() for k, v in mine.items()} == {k: v.item() for k, v in plain.items()}
     assert released["kd"].item() * 20 == pytest.approx(mine["kd"].item(), rel=1e-12)
+
+
+def test_every_link_has_the_data_sets_settings_of_kd() -> None:
+    pair = ("resnet34", "resnet18", "imagenet")
+    assert TAKD.for_pair({}, *pair) == KD.for_pair({}, *pair) != {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,14 @@ def test_a_teacher_with_other_transformations_is_compared_on_class_marginals() -
     assert terms["kd2"].item() == pytest.approx(compared(learned.logits, taught.logits), rel=1e-4)
     pairs = zip(learned.heads, taught.heads, strict=True)
     assert terms["kd1"].item() == pytest.approx(sum(compared(s, t) for s, t in pairs), rel=1e-4)
+
+
+def test_a_low_temperature_leaves_other_transformations_finite() -> None:
+    """At 0.05 most of the teacher's probabilities are zero in fp32, their logarithms are not."""
+    made = Made(teacher_transform="perm6", tau_kd=0.05)
+    learned, taught = made.features(batch())
+    sharp = replace(taught, logits=40 * taught.logits)
+    assert all(torch.isfinite(term) for term in made.method.loss(batch(), learned, sharp, EVEN).values())
 
 
 def test_a_teacher_transform_equal_to_the_students_is_no_other() -> None:
