@@ -122,9 +122,10 @@ def mutated(kind: str, draw: random.Random, folder: Path) -> Path:
     root = shutil.copytree(sound(kind), folder / "d")
     files = sorted(path for path in root.rglob("*") if path.is_file())
     for _ in range(draw.choice((1, 1, 2))):
-        path = draw.choice([path for path in files if path.is_file()] or files)
-        if not path.is_file():
+        left = [path for path in files if path.is_file()]
+        if not left:
             break
+        path = draw.choice(left)
         how = draw.random()
         if how < 0.8:
             path.write_bytes(damaged(path.read_bytes(), draw))
@@ -133,7 +134,7 @@ def mutated(kind: str, draw: random.Random, folder: Path) -> Path:
         elif how < 0.88:
             path.write_bytes(draw.choice((b"", b"\0" * 100, b"<html>not found</html>", b"\x80\x02N.", b"GIF89a")))
         elif how < 0.92:
-            path.write_bytes(draw.choice(files).read_bytes() if path not in files[:1] else b"x")
+            path.write_bytes(draw.choice(left).read_bytes() if path not in files[:1] else b"x")
         elif how < 0.96:
             path.rename(path.with_name(draw.choice(("a\x1b[31m", "b\nerror: c", ".hidden", "x", "ü")) + path.suffix))
         else:
