@@ -26,10 +26,13 @@ CLASSES = [f"class{i}" for i in range(10)]
 
 
 def words(dataset: str, *more: object) -> list[object]:
-    """A training of one step on the data set `dataset`, found in `d`."""
+    """A training of one step on the data set `dataset`, found in `d`.
+
+    However many images a mutation takes away, all that are left are one batch.
+    """
     return [
         *("distill", "--method", "none", "--student", "resnet8", "--dataset", dataset, "--data-dir", "d"),
-        *("--image-size", "8", "--batch-size", "4", "--epochs", "1", "--max-steps", "1"),
+        *("--image-size", "8", "--batch-size", "64", "--epochs", "1", "--max-steps", "1"),
         *("--device", "cpu", "--threads", "1", "--workers", "0", "--out", "run", *more),
     ]
 
