@@ -191,4 +191,4 @@ def test_a_sweep_of_two_at_a_time_is_killed_at_twenty_points(warm: Warm, place: 
         told.append((alive, len(done)))
         print("killed" if alive else "ended", "with", len(done), "runs finished", flush=True)
     assert sum(alive for alive, _ in told) >= 15
-    assert len({done for _, done in told}) > 2
+    assert len({done for _, done in told}) > 1  # before and after the first runs, which end side by side, in pairs
