@@ -31,8 +31,15 @@ def command_line(command: str, spec: RunSpec) -> str:
     standard, mine = _flat(bare), _flat(spec)
     for path, value in mine.items():
         if path not in said and value != standard.get(path):
-            parts += _words(path, value, flags=spec.command != "linear-probe" or path == "seed")
+            parts += _words(path, value, flag=_has_flag(command, path))
     return shlex.join(parts)
+
+
+def _has_flag(command: str, path: str) -> bool:
+    """Whether a command has flags for what is plain: a linear probe leaves out many, and `--baseline` is distill's."""
+    if command == "linear-probe":
+        return path == "seed"
+    return path != "baseline" or command == "distill"
 
 
 def _bare(words: dict[str, Any]) -> Request:
@@ -52,19 +59,19 @@ def _at(values: dict[str, Any], path: str) -> Any:
     return values
 
 
-def _words(path: str, value: Any, *, flags: bool) -> list[str]:
+def _words(path: str, value: Any, *, flag: bool) -> list[str]:
     """A setting as words of the command line: its flag where it is a plain value of the recipe or the machine.
 
     Args:
-        flags: whether the command has them (a linear probe leaves out many).
+        flag: whether the command has one.
     """
     section, _, leaf = path.rpartition(".")
-    flag = leaf.replace("_", "-")
-    if not flags or section not in ("", "data", "train", "system") or value is None or isinstance(value, list | dict):
+    name = leaf.replace("_", "-")
+    if not flag or section not in ("", "data", "train", "system") or value is None or isinstance(value, list | dict):
         return ["--set", _assignment(path, value)]
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", str(value)]
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def _assignment(path: str, value: Any) -> str:

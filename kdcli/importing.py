@@ -53,14 +53,15 @@ def import_checkpoint(
         dataset: the name of the data set it was trained on.
         normalization: `mean` and `std` per channel, for pixels in [0, 1].
         image_size: side of the images in pixels.
-        part: "student" or "teacher", where the file holds a whole distiller (mdistiller).
+        part: "student" or "teacher", where the file holds a whole distiller (mdistiller); None takes the one there is, of
+            both the student.
 
     Returns:
         `path`, `digest`, `outputs` (count), `tensors` (count), `heads` (as in the metadata, or None) and `notices`
         (sentences on what was left out or changed).
 
     Raises:
-        UsageError: no such architecture; or the file holds two networks and `part` does not say which.
+        UsageError: no such architecture, or no such part.
         InputError: the file is missing, damaged, hostile, or not made of named tensors.
         IncompatibleError: its tensors do not fit the architecture, or its outputs do not fit the classes.
         NotFiniteError: a tensor holds NaN or an infinity.
@@ -162,7 +163,7 @@ def select_part(
     """One network out of a file, `module.` stripped; what is left out is said in `notices`.
 
     Raises:
-        UsageError: the file holds student and teacher and `part` is None, or `part` is neither.
+        UsageError: `part` is neither of the two.
         IncompatibleError: the file does not hold that part.
     """
     if part not in (None, *PARTS):
@@ -177,8 +178,6 @@ def select_part(
         found[bare] = tensor
     parts = [p for p in PARTS if any(name.startswith(f"{p}.") for name in found)]
     if parts:
-        if part is None and len(parts) > 1:
-            raise UsageError(f"{source} holds a student and a teacher", field="--part", hint="say which one you want")
         chosen = part or parts[0]
         if chosen not in parts:
             raise IncompatibleError(f"{source} holds no {chosen}", hint=f"it holds a {parts[0]}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcli import methods
 from kdcli.engine import distributed
+from kdcli.engine.device import begin_run
 from kdcli.engine.signals import StopFlag, listening
 from kdcli.errors import UsageError
 from kdcli.output import Story, envelope
@@ -18,13 +19,10 @@ from kdcli.specs import RunSpec
 @contextlib.contextmanager
 def _joined(spec: RunSpec, story: Story) -> Iterator[StopFlag]:
     """Join the other ranks, if any, start the clock of `--max-minutes`, and mind the stop signals."""
-    import torch
-
-    cuda = spec.system.device.startswith("cuda") or (spec.system.device == "auto" and torch.cuda.is_available())
     stop = StopFlag(spec.system.max_minutes, spec.system.requeue)
     with listening(stop, at_once=True):
         try:
-            distributed.start(spec.system.rank_timeout, cuda)
+            distributed.start(spec.system)
             with distributed.watching():
                 yield stop
         finally:
@@ -37,6 +35,7 @@ def teacher(spec: RunSpec, story: Story) -> dict[str, Any]:
     from kdcli.training import pretrain_teacher
 
     with _joined(spec, story) as stop:
+        begin_run()
         return pretrain_teacher(spec, story, stop)
 
 
@@ -56,25 +55,36 @@ def fewshot(
     spec: RunSpec, ratios: list[float], seeds: list[int], story: Story, *, auto_teacher: bool
 ) -> dict[str, Any]:
     """`kd fewshot`: the same distillation on several stratified fractions."""
-    if any(not 0 < ratio <= 1 for ratio in ratios):
-        raise UsageError("a ratio lies between 0 and 1", field="--ratio", hint="for example --ratio 0.25")
+    parts = [at_ratio(spec, ratio) for ratio in ratios]
     if spec.system.out is not None and len(ratios) > 1:
         raise UsageError("names one directory, and there are several ratios", field="--out", hint="use --runs-dir")
     table = []
     with _joined(spec, story) as stop:
-        for ratio in ratios:
-            part = spec.model_copy(update={"data": spec.data.model_copy(update={"ratio": ratio})})
+        for part in parts:
             runs = _runs(part, seeds, story, stop, auto_teacher)
-            table.append({"ratio": ratio, "runs": runs, "aggregate": aggregate(runs)})
+            table.append({"ratio": part.data.ratio, "runs": runs, "aggregate": aggregate(runs)})
     return envelope("fewshot", ratios=table)
+
+
+def at_ratio(spec: RunSpec, ratio: float) -> RunSpec:
+    """The spec on a stratified fraction of its training images. Raises UsageError if it is none."""
+    if not 0 < ratio <= 1:
+        raise UsageError("a ratio lies between 0 and 1", field="--ratio", hint="for example --ratio 0.25")
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"ratio": ratio})})
 
 
 def probes(specs: list[RunSpec], story: Story) -> dict[str, Any]:
     """`kd linear-probe`: a probe a data set."""
     from kdcli.probe import probe
 
+    if specs[0].system.out is not None and len(specs) > 1:
+        raise UsageError("names one directory, and there are several data sets", field="--out", hint="use --runs-dir")
+    runs = []
     with _joined(specs[0], story) as stop:
-        return envelope("linear-probe", runs=[probe(spec, story, stop) for spec in specs])
+        for spec in specs:
+            begin_run()
+            runs.append(probe(spec, story, stop))
+    return envelope("linear-probe", runs=runs)
 
 
 def _runs(spec: RunSpec, seeds: list[int], story: Story, stop: StopFlag, auto_teacher: bool) -> list[dict[str, Any]]:
@@ -86,9 +96,11 @@ def _runs(spec: RunSpec, seeds: list[int], story: Story, stop: StopFlag, auto_te
     runs = []
     for seed in seeds:
         one = spec.model_copy(update={"seed": seed})
-        if spec.baseline and methods.settings(spec)[0].needs_teacher:
+        if spec.baseline and spec.method["name"] != "none":
             alone = {"method": {"name": "none"}, "teacher": None, "teacher_taps": None, "assistant": ()}
+            begin_run()
             runs.append(distill(methods.resolve(one.model_copy(update=alone)), story, stop))
+        begin_run()
         runs.append(distill(one, story, stop, auto_teacher=auto_teacher))
     return runs
 

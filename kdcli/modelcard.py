@@ -134,6 +134,7 @@ def _teacher(summary: dict[str, Any]) -> str:
 
 def _training(spec: RunSpec, summary: dict[str, Any], environment: dict[str, Any]) -> str:
     train, data, cost = spec.train, spec.data, summary["cost"]
+    peak = cost["peak_mib"]  # null where it could not be told from that of an earlier run of the process
     settings = {key: value for key, value in spec.method.items() if key != "name"}
     rows = [
         ("method", f"`{_code(Path(spec.method['name']).name)}`"),
@@ -149,7 +150,7 @@ def _training(spec: RunSpec, summary: dict[str, Any], environment: dict[str, Any
         ("seed", f"{spec.seed} (splits: {data.split_seed})"),
         ("precision", spec.system.precision),
         ("steps", f"{summary['steps']:,}"),
-        ("cost", f"{cost['seconds'] / 60:.1f} minutes, {cost['peak_mib']:.0f} MiB"),
+        ("cost", f"{cost['seconds'] / 60:.1f} minutes" + (f", {peak:.0f} MiB" if peak is not None else "")),
     ]
     versions = environment.get("versions") if isinstance(environment, dict) else None
     if isinstance(versions, dict):

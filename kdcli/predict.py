@@ -71,10 +71,10 @@ def predict(
     """
     with guarded():
         predictor = open_predictor(source, asked)
-        files = [file for path in named(paths) for file in _files(path)]
-        bad: list[dict[str, str]] = []
-        done = 0
-        story.begin(f"classifying with {source}", len(files))
+        files, bad = _found(paths, story)
+        total, done = len(files) + len(bad), 0
+        what = "paths" if bad else "images"
+        story.begin(f"classifying with {source}", total)
         try:
             for names, images in _decoded(files, predictor.pixels, asked.batch_size, bad, story):
                 answers = predictor.probabilities(images)
@@ -90,7 +90,7 @@ def predict(
     error = None
     if bad:
         hint = "the others are done" if done else None
-        error = InputError(f"{len(bad)} of {len(files)} images could not be read", hint=hint)
+        error = InputError(f"{len(bad)} of {total} {what} could not be read", hint=hint)
     return _document(source, done, bad), error
 
 
@@ -143,11 +143,31 @@ def open_predictor(source: str, asked: Asked) -> Predictor:
     return Predictor(classifier.classes, Preprocessing.of(loaded.metadata), probabilities)
 
 
+def _found(paths: Iterable[str], story: Story) -> tuple[list[str], list[dict[str, str]]]:
+    """All files that `paths` stand for, and the folders without an image, which are told on stderr, one line each.
+
+    Raises:
+        InputError: a folder cannot be listed, or there is no file at all.
+    """
+    files: list[str] = []
+    empty = []
+    for path in named(paths):
+        inside = list(_files(path))
+        files += inside
+        if not inside:
+            empty.append({"path": path, "message": f"{path} holds no image"})
+    if empty and not files:
+        raise InputError(empty[0]["message"], hint=f"looked for {', '.join(sorted(EXTENSIONS))}")
+    for folder in empty:
+        story.warn(f"skipped: {one_line(folder['message'])}")
+    return files, empty
+
+
 def _files(path: str) -> Iterator[str]:
     """A file as it is named; of a folder, all images below it in the order of names, without dot-names and linked folders.
 
     Raises:
-        InputError: a folder without an image, or one that cannot be listed.
+        InputError: a folder cannot be listed.
     """
     if not os.path.isdir(path):
         yield path
@@ -156,15 +176,11 @@ def _files(path: str) -> Iterator[str]:
     def refuse(problem: OSError) -> None:
         raise InputError(f"{problem.filename} cannot be listed: {problem.strerror}", hint="check its permissions")
 
-    found = False
     for folder, inner, names in os.walk(path, onerror=refuse):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                found = True
                 yield os.path.join(folder, name)
-    if not found:
-        raise InputError(f"{path} holds no image", hint=f"looked for {', '.join(sorted(EXTENSIONS))}")
 
 
 def _decoded(

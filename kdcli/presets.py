@@ -9,12 +9,13 @@ spec. The `command` it was written for is kept only if the command line runs the
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tomllib
 import typing
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kdcli.errors import InputError, UsageError, nearest
 from kdcli.request import Request, parse_tuple
@@ -23,8 +24,13 @@ from kdcli.specs import RunSpec, bare, field_at, field_paths, validate
 _DEPTH = 32
 """Tables and lists within one another; a shipped preset has four."""
 
+STDIN_FILE = "KD_STDIN_FILE"
+"""Environment variable of a rank: the file with what its launcher read from stdin, which can be read only once."""
+
 _SWEEPS = ("tables/", "studies/")
 """Folders of shipped sweeps: the papers' tables, and studies of our own."""
+
+_kept: tuple[TextIO, str] | None = None  # the stream that was read as stdin, and its text
 
 _RECIPES = {
     "cifar100": "cifar",
@@ -91,7 +97,7 @@ def read_sweep(name: str) -> dict[str, Any]:
 
 def _read(name: str, shipped: dict[str, Path]) -> dict[str, Any]:
     if name == "-":
-        return _parse(sys.stdin.read(), "stdin", json_first=True)
+        return _parse(_stdin(), "stdin", json_first=True)
     if name in shipped:
         return _parse(shipped[name].read_text("utf-8"), name)
     path = Path(name)
@@ -105,6 +111,40 @@ def _read(name: str, shipped: dict[str, Path]) -> dict[str, Any]:
     if looks_like_path and path.suffix:
         raise UsageError(f"no such file: {name}", field="--preset", hint=nearest(path.stem, shipped))
     raise UsageError(f"no preset named {name!r}", field="--preset", hint=nearest(name, shipped))
+
+
+def _stdin() -> str:
+    """All of stdin, which is read once: a command looks at its presets as often as it needs them.
+
+    Raises:
+        UsageError: it is closed, or shared by ranks that somebody else launched.
+        InputError: it is not text.
+    """
+    global _kept
+    try:
+        if path := os.environ.get(STDIN_FILE):
+            return Path(path).read_text("utf-8", errors="surrogateescape")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError("ranks cannot share stdin", field="--preset", hint="name a file, or start them by --nproc")
+        if sys.stdin is None:
+            raise UsageError("stdin is closed", field="--preset", hint="name a file")
+        if _kept is None or _kept[0] is not sys.stdin:
+            _kept = sys.stdin, sys.stdin.read()
+        return _kept[1]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"cannot read the preset on stdin: {problem}") from None
+
+
+def hand_on_stdin(folder: Path) -> dict[str, str]:
+    """What a process needs in its environment to see the same stdin as this one; its text is put into `folder`.
+
+    Empty where this process has not read its own.
+    """
+    if _kept is None:
+        return {}
+    file = folder / "stdin"
+    file.write_text(_kept[1], "utf-8", errors="surrogateescape")
+    return {STDIN_FILE: str(file)}
 
 
 def about(name: str) -> dict[str, Any]:
@@ -142,7 +182,10 @@ def _shallow(values: Any) -> Any:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, table by table. A method given by another name replaces the whole method table."""
+    """`over` laid over `base`, table by table. A method given by another name replaces the whole method table.
+
+    Settings of a method that nobody has named yet are kept for the one that is named later.
+    """
     result = dict(base)
     for key, value in over.items():
         if key == "method" and isinstance(value, str):
@@ -151,7 +194,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if old is not None and isinstance(old, dict) != isinstance(value, dict):
             raise UsageError(f"is a table of settings, not {value!r}"[:120], field=key, hint=f"for example {key}.KEY")
         if isinstance(value, dict) and isinstance(old, dict):
-            if key == "method" and value.get("name", old.get("name")) != old.get("name"):
+            if key == "method" and "name" in old and value.get("name", old["name"]) != old["name"]:
                 result[key] = dict(value)
             else:
                 result[key] = merge(old, value)

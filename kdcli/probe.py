@@ -6,6 +6,7 @@ encoder's input size and flip, SGD 0.9 nesterov, lr 0.1, no weight decay, 100 ep
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kdcli.engine.evaluate import Tally
 from kdcli.engine.fit import Job, fit
 from kdcli.engine.signals import StopFlag, stopped
 from kdcli.engine.step import Step, StepOutput
+from kdcli.errors import UsageError
 from kdcli.inference import Use
 from kdcli.losses import cross_entropy
 from kdcli.methods.base import Progress
@@ -36,11 +38,17 @@ from kdcli.transforms import rescale
 
 
 class Probe(nn.Module):
-    """A frozen encoder and a fresh linear layer on its pooled features [B,C]; forward gives logits [B,K]."""
+    """A frozen encoder and a fresh linear layer on its pooled features [B,C]; forward gives logits [B,K].
 
-    def __init__(self, encoder: Network, use: Use, classes: int, *, adapt: bool) -> None:
+    Args:
+        device: in whose precision the encoder computes.
+        adapt: keep the encoder's BatchNorm in training mode.
+    """
+
+    def __init__(self, encoder: Network, use: Use, classes: int, device: Device, *, adapt: bool) -> None:
         super().__init__()
         self.encoder, self.use, self.adapt = encoder.requires_grad_(False), use, adapt
+        self.device = device
         self.linear = nn.Linear(encoder.pooled_dim, classes)
 
     def train(self, mode: bool = True) -> Probe:
@@ -50,8 +58,8 @@ class Probe(nn.Module):
         return self
 
     def pooled(self, images: Tensor) -> Tensor:
-        """[B,C] features of normalised images, without gradient."""
-        with torch.no_grad():
+        """[B,C] fp32 features of normalised images, without gradient."""
+        with torch.no_grad(), self.device.autocast():
             return self.encoder.features(rescale(images, self.use.scale, self.use.scale_mode)).pooled.float()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,19 +89,24 @@ def probe(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
             return run.summary()
+        _refuse_ignored(spec)
         device = open_recorded_device(spec, run)
         loaded = load_network(file)
         dataset = _dataset(spec, loaded, story)
         torch.manual_seed(mix(spec.seed, "probe"))
-        module = Probe(loaded.backbone, loaded.use, len(dataset.classes), adapt=spec.probe.batchnorm == "train")
-        module = device.place(module)
+        adapt = spec.probe.batchnorm == "train"
+        module = device.place(Probe(loaded.backbone, loaded.use, len(dataset.classes), device, adapt=adapt))
         story.note(f"probing {loaded.backbone.arch} on {dataset.name}: {len(dataset.train)} training images")
-        measure = _cached if spec.probe.cached else _augmented
-        metrics, best, seconds = measure(spec, run, module, dataset, device, story, stop)
+        if spec.probe.cached:
+            metrics, best, seconds = _cached(spec, module, dataset, device, story, stop)
+        else:
+            facts = {"encoder": loaded.digest}
+            metrics, best, seconds = _augmented(run, module, dataset, device, story, stop, facts)
         summary = envelope(
             "linear-probe",
             run=str(run.directory),
             checkpoint=str(file),
+            spec_digest=run.digest,
             encoder={"arch": loaded.backbone.arch, "digest": loaded.digest},
             dataset=dataset.name,
             metrics={"test": {**metrics, "epoch": "last"}},
@@ -103,6 +116,23 @@ def probe(spec: RunSpec, story: Story, stop: StopFlag) -> dict[str, Any]:
         )
         run.finish(summary)
         return summary
+
+
+def _refuse_ignored(spec: RunSpec) -> None:
+    """Refuse settings that a probe on cached features would pass over.
+
+    Raises:
+        UsageError: one of them is set.
+    """
+    ignored = {
+        "--ema": spec.train.ema is not None,
+        "--clip-grad": spec.train.clip_grad is not None,
+        "--accumulate": spec.train.accumulate > 1,
+        "--batchnorm": spec.probe.batchnorm == "train",
+    }
+    for flag, given in ignored.items():
+        if spec.probe.cached and given:
+            raise UsageError("has no effect on cached features", field=flag, hint="leave it out, or use --no-cached")
 
 
 def _dataset(spec: RunSpec, loaded: Loaded, story: Story) -> DataSet:
@@ -122,21 +152,24 @@ Measured = tuple[dict[str, Any], dict[str, Any] | None, float]
 
 
 def _augmented(
-    spec: RunSpec, run: Run, module: Probe, dataset: DataSet, device: Device, story: Story, stop: StopFlag
+    run: Run, module: Probe, dataset: DataSet, device: Device, story: Story, stop: StopFlag, facts: dict[str, Any]
 ) -> Measured:
-    """Train through the engine's loop: every image augmented anew in every epoch, resumable."""
+    """Train through the engine's loop: every image augmented anew in every epoch, resumable.
+
+    Args:
+        facts: what a resumed run must find as it was.
+    """
+    spec = run.spec
     train = make_loader(spec, dataset, dataset.train, device, train=True)
     tests = {"test": make_loader(spec, dataset, dataset.test, device, train=False)}
     step = ProbeStep(module, spec.train.label_smoothing)
-    job = Job(run, step, Use(), device, train, tests, spec.train, story, stop, f"probe on {dataset.name}")
-    fitted = fit(job)
-    train.close()
+    job = Job(run, step, Use(), device, train, tests, spec.train, story, stop, f"probe on {dataset.name}", facts)
+    with contextlib.closing(train):
+        fitted = fit(job)
     return fitted.metrics["test"]["single"], fitted.best, fitted.seconds
 
 
-def _cached(
-    spec: RunSpec, run: Run, module: Probe, dataset: DataSet, device: Device, story: Story, stop: StopFlag
-) -> Measured:
+def _cached(spec: RunSpec, module: Probe, dataset: DataSet, device: Device, story: Story, stop: StopFlag) -> Measured:
     """Train on features computed once; each epoch takes an image's features or its mirror image's, drawn anew."""
     import time
 
@@ -148,13 +181,14 @@ def _cached(
     recipe = spec.train
     optimizer = optim.optimizer(recipe, module.linear, device.cuda)
     steps = -(-len(labels) // recipe.batch_size)
-    story.begin(f"probe on {dataset.name}", recipe.epochs * steps)
+    end = min(recipe.epochs * steps, recipe.max_steps or recipe.epochs * steps)
+    story.begin(f"probe on {dataset.name}", end)
     best: dict[str, Any] | None = None
-    for epoch in range(recipe.epochs):
+    for epoch in range(-(-end // steps)):
         draw = generator(spec.seed, epoch, "cached")
         order = torch.randperm(len(labels), generator=draw).to(device.torch)
         mirrored = (torch.rand(len(labels), generator=draw) < 0.5).to(device.torch)
-        for number, rows in enumerate(order.split(recipe.batch_size)):
+        for number, rows in enumerate(order.split(recipe.batch_size)[: end - epoch * steps]):
             done = epoch * steps + number
             for group in optimizer.param_groups:
                 group["lr"] = optim.rate(recipe, done, steps)
@@ -165,7 +199,7 @@ def _cached(
             story.step(done + 1)
         if code := stop.code:
             raise stopped(code, "nothing: the cached probe starts over, it takes seconds")
-        if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs:
+        if (epoch + 1) % recipe.eval_every == 0 or (epoch + 1) * steps >= end:
             result = _score(module, test, answers, device)
             if best is None or result["top1"] > best["top1"]:
                 best = {**result, "epoch": epoch + 1}

@@ -36,7 +36,7 @@ class Now(BaseModel):
         step, steps: optimiser steps done, and in the whole run.
         terms: means over the epoch so far of the loss's terms, by name (of the first rank's images).
         images_per_second, eta_seconds: of this session.
-        peak_mib: the most memory used.
+        peak_mib: the most memory used; null where it could not be told from that of an earlier run of the process.
         best: the best top-1 on the test set, percent, and its epoch.
     """
 
@@ -52,7 +52,7 @@ class Now(BaseModel):
     lr: float
     images_per_second: float
     eta_seconds: int | None = Field(ge=0, le=10**10)
-    peak_mib: float
+    peak_mib: float | None
     best: Best | None
 
     def facts(self) -> list[str]:
@@ -62,7 +62,7 @@ class Now(BaseModel):
         parts += [f"{name} {value:.4g}" for name, value in self.terms.items()]
         parts += [f"lr {self.lr:.3g}", f"{self.images_per_second:.0f} img/s"]
         parts += [] if self.eta_seconds is None else [f"{timedelta(seconds=self.eta_seconds)} left"]
-        parts.append(f"{self.peak_mib:.0f} MiB")
+        parts += [] if self.peak_mib is None else [f"{self.peak_mib:.0f} MiB"]
         parts += [] if self.best is None else [f"best {self.best.top1:.2f} % (epoch {self.best.epoch})"]
         return parts
 

@@ -8,6 +8,7 @@ from typing import Any
 from kdcli.errors import UsageError
 
 _MOST_SEEDS = 1000
+_SEEDS_END = 2**31  # of a run spec's `seed`
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def parse_seeds(text: str, field: str) -> list[int]:
     """`0..4` or `0,1,2` → the seeds.
 
     Raises:
-        UsageError: it is neither, one is negative, or a range of more than a thousand; names `field`.
+        UsageError: it is neither, one is no seed of a run or named twice, or a range of more than a thousand; names
+            `field`.
     """
     try:
         if ".." in text:
@@ -61,4 +63,8 @@ def parse_seeds(text: str, field: str) -> list[int]:
         seeds = []
     if not seeds or min(seeds) < 0:
         raise UsageError(f"{text!r} is no list of seeds", field=field, hint="for example 0..4 or 0,1,2")
+    if max(seeds) >= _SEEDS_END:
+        raise UsageError(f"{max(seeds)} is no seed", field=field, hint=f"they end at {_SEEDS_END - 1}")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"{text!r} names a seed twice", field=field, hint="name each once")
     return seeds

@@ -23,6 +23,7 @@ from kdcli.runlock import hold
 from kdcli.specs import RunSpec
 
 CARD = "MODEL_CARD.md"
+_ANEW = "use another directory, or --overwrite to start anew"
 _OWN = ("spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors", "teacher.safetensors", CARD)
 
 
@@ -33,12 +34,14 @@ class Run:
     Attributes:
         status: `new`, `unfinished` (there is a spec and no summary) or `finished`.
         digest: of the spec's identity; two runs with equal digests compute the same.
+        writable: whether the system lets us write here; a finished run may be read where it does not.
     """
 
     directory: Path
     status: Literal["new", "unfinished", "finished"]
     digest: str
     spec: RunSpec
+    writable: bool = True
 
     @property
     def state(self) -> Path:
@@ -51,9 +54,13 @@ class Run:
         return self.directory / "metrics.jsonl"
 
     def summary(self) -> dict[str, Any]:
-        """The summary of a finished run. Raises InputError if it is none."""
+        """The summary of a finished run, with the paths that hold now: it may have been moved. Raises InputError."""
         path = self.directory / "summary.json"
-        return require_summary(durable.read_json(path), path)
+        summary = require_summary(durable.read_json(path), path)
+        here = {"run": str(self.directory)}
+        if summary["command"] != "linear-probe":  # that names its encoder's checkpoint, which lies elsewhere
+            here["checkpoint"] = str(self.directory / Path(summary["checkpoint"]).name)
+        return {**summary, **here}
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the resume state it no longer needs."""
@@ -122,7 +129,7 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
     Raises:
         BusyError: another process has it open.
         IncompatibleError: it holds a run with another spec (every differing field is named).
-        WriteError: it cannot be made.
+        WriteError: it cannot be made or written. (A finished run need not be: it is only looked at.)
     """
     mine = identity(spec, contents)
     digest = digest_of(mine)
@@ -131,6 +138,12 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
         yield Run(directory, _status(directory), digest, spec)
         return
     durable.make_dir(directory)
+    if not spec.system.overwrite and _status(directory) == "finished" and not _writable(directory):
+        _refuse_drift(directory, spec, mine)
+        yield Run(
+            directory, "finished", digest, spec, writable=False
+        )  # nobody writes here, so there is nothing to lock
+        return
     aside = directory / ".replaced"
     with hold(directory):
         for own in (directory / "state", aside):  # a planted link would move, or clean up, files that are not ours
@@ -155,11 +168,11 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
                     field="--out",
                     hint="name an empty directory, or --overwrite",
                 )
-            # Not `overwrite`: run again as a preset, it would erase the very run that wrote it.
-            stored = spec.model_copy(update={"system": spec.system.model_copy(update={"overwrite": False})})
-            durable.write_json(directory / "spec.json", stored.model_dump(mode="json"))
+            _write_spec(directory, spec)
         else:
-            _refuse_drift(directory, mine)
+            _refuse_drift(directory, spec, mine)
+            if status == "unfinished" and not (directory / "state").exists():  # it starts over, with what is named now
+                _write_spec(directory, spec)
         if status == "finished":
             shutil.rmtree(directory / "state", ignore_errors=True)  # it may have been killed before it had cleared up
         try:
@@ -177,6 +190,18 @@ def _status(directory: Path) -> Literal["new", "unfinished", "finished"]:
     if not (directory / "spec.json").exists():
         return "new"
     return "finished" if (directory / "summary.json").exists() else "unfinished"
+
+
+def _writable(directory: Path) -> bool:
+    """Whether the lock of a run directory can be taken: not on a read-only disk, nor in another user's folder."""
+    lock = directory / ".lock"
+    return os.access(lock if lock.exists() else directory, os.W_OK)
+
+
+def _write_spec(directory: Path, spec: RunSpec) -> None:
+    """Write `spec.json`; without `overwrite`: run again as a preset, it would erase the very run that wrote it."""
+    stored = spec.model_copy(update={"system": spec.system.model_copy(update={"overwrite": False})})
+    durable.write_json(directory / "spec.json", stored.model_dump(mode="json"))
 
 
 def _move(source: Path, target: Path) -> None:
@@ -204,7 +229,12 @@ def _withdraw(directory: Path) -> None:
         directory.rmdir()
 
 
-def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
+def _refuse_drift(directory: Path, spec: RunSpec, mine: dict[str, Any]) -> None:
+    """Refuse a directory that holds a run with another identity than `mine`.
+
+    Raises:
+        IncompatibleError: with every differing field. InputError: its spec or summary is damaged.
+    """
     from kdcli.specs import validate
 
     file = directory / "spec.json"
@@ -213,16 +243,42 @@ def _refuse_drift(directory: Path, mine: dict[str, Any]) -> None:
     except UsageError as problem:
         raise InputError(f"{file} is not the spec of a run: {problem.line()}", hint="name another directory") from None
     old, new = flat(stored.identity()), flat(mine)
-    for key, value in new.items():
-        if "content:" in str(value) and key in old:
-            old[key] = value  # by another path, perhaps; the content is checked against the resume state
+    lone = {*old} ^ {*new}  # a setting that counts at some of its values only is told all the same
+    for given, values in ((stored, old), (spec, new)):
+        everything = flat(given.model_dump(mode="json"))
+        values |= {key: everything.get(key) for key in lone - {*values}}
+    by_content = [key for key, value in new.items() if "content:" in str(value) and key in old]
+    old |= {key: new[key] for key in by_content}  # by another path, perhaps: the content is what counts
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differing[:6])
         raise IncompatibleError(
             f"{directory} holds a run with another spec: {shown}",
             field="--out",
-            hint="use another directory, or --overwrite to start anew",
+            hint=_ANEW,
+        )
+    if by_content and _status(directory) == "finished":  # of an unfinished run, the resume state tells
+        _refuse_other_content(directory, mine, by_content)
+
+
+def _refuse_other_content(directory: Path, mine: dict[str, Any], named: list[str]) -> None:
+    """Refuse a finished run that was made of other files than those `mine` names by content.
+
+    Args:
+        named: dotted names of the settings that name a file, for the message.
+    """
+    path = directory / "summary.json"
+    summary = require_summary(durable.read_json(path), path)
+    if "spec_digest" in summary:
+        same = summary["spec_digest"] == digest_of(mine)
+    else:  # a probe of an earlier kd
+        encoder = summary.get("encoder")
+        same = isinstance(encoder, dict) and mine["encoder"] == f"content:{encoder.get('digest')}"
+    if not same:
+        raise IncompatibleError(
+            f"{directory} holds a run with another spec: it was made with another {' or '.join(named)}",
+            field="--out",
+            hint=_ANEW,
         )
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from kdcli.data.names import canonical as canonical_dataset
+from kdcli.data.names import default_size, preparation
 from kdcli.errors import UsageError, nearest
 from kdcli.models.names import canonical as canonical_model
 
@@ -102,7 +103,8 @@ class DataSpec(Section):
     split_seed: int = Field(default=0, ge=0)
     """Seed of the stratified splits; the same for every method and seed, so that all see the same images."""
     resident_mib: int = _aside(2048, ge=0)
-    """Data sets up to this size (MiB, decoded) are held on the device and augmented there; larger ones stream."""
+    """Data sets up to this size (MiB, decoded) are held on the device and augmented there; larger ones stream. Where that
+    changes the images (folder: up to 96 pixels, tinyimagenet, other sizes than a set's own), it is another run."""
 
     @field_validator("dataset")
     @classmethod
@@ -115,6 +117,14 @@ class DataSpec(Section):
         if value is None or (_POLICY.fullmatch(value) and len(_keys(value)) == len(set(_keys(value)))):
             return value
         raise ValueError(f"{value!r} is no RandAugment policy of timm, for example rand-m9-mstd0.5-inc1")
+
+    @property
+    def identifying(self) -> dict[str, Any]:
+        """`resident_mib`, where it brings the images to their size in another way than its default would."""
+        size = default_size(self.dataset) if self.image_size is None else self.image_size
+        usual = type(self).model_fields["resident_mib"].default
+        ways = [preparation(self.dataset, size, mib) for mib in (self.resident_mib, usual)]
+        return {} if ways[0] == ways[1] else {"resident_mib": self.resident_mib}
 
     @property
     def mixes(self) -> bool:
@@ -218,6 +228,21 @@ class SystemSpec(Section):
     wandb: str | None = _aside(None)
     """Also log to this project of Weights & Biases, offline unless you are logged in (needs kdcli[wandb])."""
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+            return value
+        raise UsageError(f"{value!r} is no device", field="--device", hint="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if self.nproc > 1 and self.device.startswith("cuda:"):
+            raise UsageError(
+                f"{self.device} is one GPU, and there are {self.nproc} ranks", field="--device", hint="use cuda"
+            )
+        return self
+
 
 class ProbeSpec(Section):
     """How a frozen encoder is probed."""
@@ -314,7 +339,9 @@ class RunSpec(Section):
 
     def identity(self) -> dict[str, Any]:
         """The spec without the fields that do not change what is computed (paths, threads, devices, checkpoints)."""
-        return strip_asides(self)
+        kept = strip_asides(self)
+        kept["data"] |= self.data.identifying
+        return kept
 
     def digest(self) -> str:
         """SHA-256 (hex) of the identity as canonical JSON."""

@@ -59,6 +59,7 @@ def _shared(spec: RunSpec, train: TrainSpec) -> RunSpec:
     return spec.model_copy(
         update={
             "seed": 0,
+            "baseline": False,
             "data": spec.data.model_copy(update={"ratio": 1.0}),
             "system": spec.system.model_copy(update={"out": None, "overwrite": False}),
             "train": train.model_copy(update={"nesterov": nesterov}),
@@ -84,7 +85,6 @@ def assistant_for(spec: RunSpec, position: int) -> RunSpec:
         "student": spec.assistant[position],
         "student_taps": None,
         "assistant": spec.assistant[:position],
-        "baseline": False,
     }
     return methods.resolve(_shared(spec, _open_rate(spec)).model_copy(update=update))
 
@@ -94,7 +94,7 @@ def prepared_for(spec: RunSpec, arch: str) -> list[RunSpec]:
     method, values = methods.settings(spec)
     wanted = []
     for number, settings in enumerate(method.prepared(values)):
-        update = {"method": settings, "student": arch, "student_taps": spec.teacher_taps, "baseline": False}
+        update = {"method": settings, "student": arch, "student_taps": spec.teacher_taps}
         wanted.append(methods.resolve(_shared(spec, _open_rate(spec)).model_copy(update={**update, "seed": number})))
     return wanted
 

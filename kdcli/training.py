@@ -74,16 +74,15 @@ def _fit(
     spec = run.spec
     recipe = recipe_of(spec)
     train = make_loader(spec, dataset, dataset.train, device, train=True)
-    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.modules())
-    check_batches(train, normalised, recipe.batch_size)
     role = "teacher" if spec.command == "pretrain-teacher" else "student"
     name = spec.teacher if role == "teacher" else spec.student
     title = f"{spec.method['name']} {role} {name}"
     job = Job(
         run, step, use, device, train, evaluation_loaders(spec, dataset, device), recipe, story, stop, title, facts
     )
-    fitted = fit(job)
-    train.close()
+    with contextlib.closing(train):
+        check_batches(train, step, recipe)
+        fitted = fit(job)
     return fitted, job
 
 
@@ -353,7 +352,7 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
     with guarded(), _opened(spec, contents) as run:
         if run.status == "finished":
             story.note(f"{run.directory} is finished already")
-            if first and not (run.directory / CARD).exists():  # killed before it was written
+            if first and run.writable and not (run.directory / CARD).exists():  # killed before it was written
                 modelcard.write(run.directory)
             return run.summary()
         device = open_recorded_device(spec, run)

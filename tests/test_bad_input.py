@@ -16,6 +16,8 @@ from kdcli import checkpoint
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
 KD = ["distill", "--method", "kd", "--teacher", "resnet14", "--student", "resnet8", *TINY]
+CACHED = ["linear-probe", "teacher", "--dataset", "digits", "--cached", "--epochs", "1", "--device", "cpu"]
+SMALL = ["distill", "--method", "none", "--student", "mobilenetv2", *TINY]  # its last map is a single pixel
 
 USAGE = {
     "unknown method": ([*KD, "--method", "vds"], ["method", "did you mean vsd"]),
@@ -41,9 +43,29 @@ USAGE = {
     "a pickle as teacher": ([*KD, "--teacher", "x.pth"], ["--teacher", "kd import x.pth"]),
     "seeds": ([*ALONE, "--seeds", "4..0"], ["--seeds", "0..4"]),
     "several seeds in one directory": ([*ALONE, "--seeds", "0..1", "--out", "run"], ["--out", "--runs-dir"]),
+    "seed too large": ([*ALONE, "--seeds", "3000000000"], ["--seeds", "3000000000", "2147483647"]),
+    "range of seeds too large": ([*ALONE, "--seeds", "2147483647..2147483648"], ["--seeds", "2147483648 is no seed"]),
+    "a seed twice": ([*ALONE, "--seeds", "0,0,1"], ["--seeds", "twice"]),
+    "data sets in one directory": (
+        ["linear-probe", "teacher", "--dataset", "digits", "--dataset", "synthetic", "--out", "two"],
+        ["--out", "several data sets", "--runs-dir"],
+    ),
+    "averaged weights, cached": ([*CACHED, "--ema", "0.9"], ["--ema", "cached", "--no-cached"]),
+    "clipping, cached": ([*CACHED, "--clip-grad", "1"], ["--clip-grad", "cached"]),
+    "parts, cached": ([*CACHED, "--accumulate", "2"], ["--accumulate", "cached"]),
+    "adapted BatchNorm, cached": ([*CACHED, "--batchnorm", "train"], ["--batchnorm", "cached"]),
+    "parts of one pixel": (
+        [*SMALL, "--batch-size", "8", "--accumulate", "8"],
+        ["--accumulate", "parts of one image", "BatchNorm"],
+    ),
+    "ratio, previewed": (["fewshot", *ALONE[1:], "--ratio", "1.5", "--dry-run"], ["--ratio", "between 0 and 1"]),
     "ratio": (["fewshot", *ALONE[1:], "--ratio", "1.5"], ["--ratio", "between 0 and 1"]),
     "batch of one": ([*ALONE, "--batch-size", "1"], ["--batch-size", "BatchNorm"]),
     "device": ([*ALONE, "--device", "gpu"], ["--device", "cuda"]),
+    "device without its colon": ([*ALONE, "--device", "cuda1"], ["--device", "'cuda1' is no device"]),
+    "device that is no number": ([*ALONE, "--device", "cuda:x"], ["--device", "'cuda:x' is no device"]),
+    "device below zero": (["evaluate", "teacher", "--device", "cuda:-1"], ["--device", "'cuda:-1' is no device"]),
+    "one GPU for two ranks": ([*ALONE, "--device", "cuda:1", "--nproc", "2"], ["--device", "2 ranks"]),
     "list": (["list", "metods"], ["did you mean methods"]),
     "inference": (["evaluate", "teacher", "--inference", "marginals"], ["--inference", "did you mean marginal"]),
     "model to inspect": (["inspect", "resnet31"], ["resnet31", "did you mean resnet"]),

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from harness import JOB, PER_EPOCH, TINY, command, environment, finish, snapshot, spawn
 
-from kdcli import checkpoint
+from kdcli import checkpoint, methods, presets
 from kdcli.cli import app
+from kdcli.errors import UsageError
+from kdcli.request import Request
 from kdcli.specs import field_paths
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
@@ -149,12 +151,61 @@ def test_a_preset_of_another_method_brings_its_own_settings_only(kd, tmp_path):
     assert "temperature" not in vsd
 
 
+def test_settings_of_a_method_named_elsewhere_are_kept(kd, tmp_path):
+    """A preset without the method's name sets up whichever method is named; a misspelt setting is told as ever."""
+    (tmp_path / "warm.toml").write_text("[method]\ntemperature = 2.0\n")
+    (tmp_path / "misspelt.toml").write_text("[method]\ntemprature = 2.0\n")
+    (tmp_path / "kd.toml").write_text('[method]\nname = "kd"\n')
+    pair = {"teacher": "resnet14", "student": "resnet8"}
+    for flags, later in (({**pair, "method": "kd"}, []), (pair, ["kd.toml"])):
+        request = Request(flags, ["warm.toml", *later], [], True, False, True)
+        assert methods.resolve(presets.resolve("distill", request)).method["temperature"] == 2.0
+    result = kd(*KD, "--preset", "misspelt.toml", "--dry-run")
+    assert result.code == 2
+    assert "method.temprature" in result.error
+
+
 @pytest.mark.parametrize("text", ["[train]\nepochs = 7\n", '{"train": {"epochs": 7}}'])
 def test_a_preset_from_stdin(text, kd, monkeypatch):
     """`-` takes TOML or JSON."""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     words = [word for word in SMOKE if word not in ("--epochs", "3")]
     assert spec_of(kd, *words, "--preset", "-")["train"]["epochs"] == 7
+
+
+def test_stdin_is_read_once_and_holds_for_the_whole_command(kd, monkeypatch):
+    """A probe on two data sets looks at its presets twice."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("[train]\nepochs = 7\n"))
+    words = ["linear-probe", "x", "--dataset", "digits", "--dataset", "synthetic", "--preset", "-"]
+    assert [spec["train"]["epochs"] for spec in kd(*words, "--dry-run", "--json").json["specs"]] == [7, 7]
+    monkeypatch.setattr("sys.stdin", io.StringIO("[train]\nepochs = 8\n"))
+    assert [spec["train"]["epochs"] for spec in kd(*words, "--dry-run", "--json").json["specs"]] == [8, 8]
+
+
+def test_what_stdin_held_is_handed_on_to_ranks(kd, monkeypatch, tmp_path):
+    """By a file, since they cannot read it again; ranks that somebody else launched are told."""
+    words = [*[word for word in SMOKE if word not in ("--epochs", "3")], "--preset", "-"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("[train]\nepochs = 7\n"))
+    assert spec_of(kd, *words)["train"]["epochs"] == 7
+    handed = presets.hand_on_stdin(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **handed}.items():
+        monkeypatch.setenv(name, value)
+    assert presets.read("-") == {"train": {"epochs": 7}}
+    monkeypatch.delenv(presets.STDIN_FILE)
+    with pytest.raises(UsageError, match="ranks cannot share stdin"):
+        presets.read("-")
+
+
+@pytest.mark.parametrize(
+    ("stream", "code", "says"),
+    [(None, 2, "stdin is closed"), (io.TextIOWrapper(io.BytesIO(b"a = \xff"), "utf-8"), 3, "cannot read the preset")],
+)
+def test_a_stdin_that_cannot_be_read_is_one_line(stream, code, says, kd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", stream)
+    result = kd(*SMOKE, "--preset", "-", "--dry-run")
+    assert result.code == code
+    assert says in result.error
 
 
 def test_the_spec_of_a_run_is_a_preset_for_the_same_run(kd, tmp_path, monkeypatch):
@@ -174,9 +225,6 @@ def test_the_spec_of_a_run_is_a_preset_for_the_same_run(kd, tmp_path, monkeypatc
 
 def test_every_shipped_preset_resolves(kd):
     """As a spec: names, keys and values are right (their data need not be there)."""
-    from kdcli import methods, presets
-    from kdcli.request import Request
-
     names = [name for name in presets.names() if not name.startswith("recipes/")]
     assert names
     for name in names:
@@ -222,6 +270,16 @@ def test_json_of_the_other_commands(kd, teachers):
         result = kd(*words, "--json")
         assert result.code == 0, (words, result.err)
         assert (result.json["schema"], result.json["command"], result.json["ok"]) == (1, words[0], True)
+
+
+def test_a_checkpoint_is_inspected_at_its_own_size(kd, teachers):
+    """Its cost is then that of its own summary; a teacher of VSD is given images of twice the size."""
+    for method, size in (("kd", 8), ("vsd", 16)):
+        document = kd("inspect", teachers / method, "--json").json
+        summary = json.loads((teachers / method / "summary.json").read_text())
+        assert (document["input_size"], document["macs"]) == (size, summary["cost"]["macs"])
+    assert kd("inspect", teachers / "kd", "--input-size", 32, "--json").json["input_size"] == 32
+    assert kd("inspect", "resnet8", "--json").json["input_size"] == 32
 
 
 def test_json_of_an_import(kd, tmp_path):
@@ -294,6 +352,7 @@ def test_dry_run_trains_and_leaves_nothing(name, kd, tmp_path):
     """It prints spec, taps, parameters, MACs, views, steps and an estimate; there is no directory afterwards."""
     words = [name, "--method", "vsd", "--teacher", "resnet14", *TINY]
     words += [] if name == "pretrain-teacher" else ["--student", "resnet8"]
+    words += ["--ratio", "1"] if name == "fewshot" else []
     document = kd(*words, "--dry-run", "--json").json
     assert document["dry_run"] is True
     assert document["spec"]["method"]["lambda4"] == 0
@@ -306,6 +365,15 @@ def test_dry_run_trains_and_leaves_nothing(name, kd, tmp_path):
     for word in ("parameters", "multiply-accumulates", "views", "steps", "estimate", "F3"):
         assert word in text
     assert not list(tmp_path.iterdir())
+
+
+def test_the_preview_of_a_fewshot_run_is_of_its_first_ratio(kd):
+    """Of the first default where none is named."""
+    words = ["fewshot", "--method", "none", "--student", "resnet8", *TINY]
+    for ratios, shown in ((["--ratio", "0.5", "--ratio", "0.75"], 0.5), ([], 0.25)):
+        document = kd(*words, *ratios, "--dry-run", "--json").json
+        assert document["spec"]["data"]["ratio"] == shown
+        assert document["steps"]["per_epoch"] == -(-PER_EPOCH * shown // 1)
 
 
 def test_dry_run_finds_what_would_stop_the_run(kd, teachers):
@@ -337,6 +405,13 @@ def test_seeds_are_aggregated(kd):
     assert mean["top1_mean"] == pytest.approx(sum(values) / 2, abs=1e-3)
     assert mean["top1_std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=1e-3)
     assert "mean" in kd(*SMOKE, "--seeds", "0..1").out
+
+
+def test_a_method_without_a_teacher_has_a_baseline_too(kd):
+    """Only the student alone has none: it is one itself."""
+    words = ["distill", "--student", "resnet8", *TINY, "--max-steps", "2", "--baseline", "--json"]
+    assert [run["method"] for run in kd(*words, "--method", "dml").json["runs"]] == ["none", "dml"]
+    assert kd(*words, "--method", "none").json["method"] == "none"
 
 
 def test_the_run_directory_is_named_after_the_spec(kd):
@@ -451,6 +526,62 @@ def test_a_linear_probe_of_an_encoder_from_elsewhere(kd):
         again = kd(*probe, *extra, "--json")
         assert again.json == result.json
         assert "finished already" in again.err
+
+
+def test_a_cached_probe_honours_max_steps(kd, teachers, monkeypatch):
+    """In the middle of an epoch and at its end; more steps than there are change nothing."""
+    from kdcli.engine import optim
+
+    rate, steps = optim.rate, []
+    monkeypatch.setattr(optim, "rate", lambda recipe, at, per: steps.append(at) or rate(recipe, at, per))
+    words = ["linear-probe", teachers / "kd", "--dataset", "digits", "--train-fraction", "0.1", "--batch-size", "15"]
+    words += ["--cached", "--epochs", "2", "--device", "cpu", "--threads", "1", "--json"]
+    results = []
+    for limit, taken in ((1, 1), (PER_EPOCH, PER_EPOCH), (PER_EPOCH + 3, PER_EPOCH + 3), (99, 2 * PER_EPOCH)):
+        steps.clear()
+        result = kd(*words, "--max-steps", limit)
+        assert result.code == 0, result.err
+        assert steps == list(range(taken))
+        results.append(result.json["runs"][0]["metrics"])
+    assert kd(*words).json["runs"][0]["metrics"] == results[-1] != results[0]
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "1"], ["--cached", "--epochs", "1"]])
+def test_the_precision_of_a_probe_is_that_of_its_encoder(flags, kd, teachers, monkeypatch):
+    """--precision bf16: its convolutions compute in bf16, the linear layer takes fp32 features."""
+    import torch
+
+    from kdcli.probe import Probe
+
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    pooled = Probe.pooled
+
+    def looked_at(self, images):
+        convolution = next(m for m in self.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+        maps = []
+        handle = convolution.register_forward_hook(lambda *made: maps.append(made[2].dtype))
+        features = pooled(self, images)
+        handle.remove()
+        seen.update((kind, features.dtype) for kind in maps)
+        return features
+
+    monkeypatch.setattr(Probe, "pooled", looked_at)
+    words = [
+        "linear-probe",
+        teachers / "kd",
+        "--dataset",
+        "digits",
+        "--train-fraction",
+        "0.1",
+        "--workers",
+        "0",
+        *flags,
+    ]
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        result = kd(*words, "--precision", precision, "--device", "cpu", "--threads", "1")
+        assert result.code == 0, result.err
+        assert seen == {(dtype, torch.float32)}
+        seen.clear()
 
 
 def test_a_vsd_student_gives_class_logits_from_bytes(kd, teachers):

@@ -244,6 +244,24 @@ def test_limits_of_memory(monkeypatch, tmp_path):
     assert (found.level, found.facts["limit"]) == ("warning", 1 << 29)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_copies_of_files_are_no_used_memory(monkeypatch, tmp_path, version):
+    """A container that has read a data set has its limit full of pages which the system gives back at once."""
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    limit, used, cached = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        limit, used, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / limit).write_text(str(1 << 30))
+    (folder / used).write_text(str(7 << 27))
+    (folder / "memory.stat").write_text(f"anon 5\n{cached} {3 << 28}\nactive_file 7\n")
+    assert machine.memory().facts["limit"] == (1 << 30) - (1 << 27)
+    for text in ("", "junk", f"{cached} x", f"{cached} {1 << 31}"):
+        (folder / "memory.stat").write_text(text)
+        assert machine.memory().facts["limit"] in ((1 << 30) - (7 << 27), 1 << 30)
+
+
 def test_limits_of_the_process(monkeypatch, tmp_path):
     """Shared memory of a container, open files, temporary files, and each with its fix."""
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))

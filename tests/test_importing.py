@@ -141,9 +141,9 @@ def test_whole_distiller_and_parts(tmp_path, network, inline):
     teacher = build(ARCH, 5)
     both = {"model": prefixed("module.student.", network) | prefixed("module.teacher.", teacher)}
     both["model"]["module.conv_reg.weight"] = torch.ones(2)
-    with pytest.raises(UsageError, match="a student and a teacher") as caught:
-        bring_in(tmp_path, both)
-    assert caught.value.field == "--part"
+    report = bring_in(tmp_path, both)
+    assert_same(tmp_path, network)
+    assert "took the student; left out" in report["notices"][0]
     bring_in(tmp_path, both, part="teacher")
     assert_same(tmp_path, teacher)
     report = bring_in(tmp_path, both, part="student")
@@ -153,8 +153,36 @@ def test_whole_distiller_and_parts(tmp_path, network, inline):
     assert_same(tmp_path, teacher)
     with pytest.raises(IncompatibleError, match="no teacher"):
         bring_in(tmp_path, prefixed("student.", network), part="teacher")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         bring_in(tmp_path, both, part="king")
+    assert caught.value.field == "--part"
+
+
+def test_without_part_it_takes_what_there_is(tmp_path, network, inline, kd):
+    """An ordinary file without a word about parts, and a file that holds a teacher only."""
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    torch.save(prefixed("teacher.", network), tmp_path / "teacher.pth")
+    for name in ("plain", "teacher"):
+        result = kd("import", f"{name}.pth", "--arch", ARCH, "--out", "out.safetensors")
+        assert result.code == 0, result.err
+        assert "part" not in result.out + result.err
+        assert_same(tmp_path, network)
+    assert "--part student had no effect" in str(
+        kd("import", "plain.pth", "--arch", ARCH, "--out", "out.safetensors", "--part", "student")
+    )
+
+
+def test_the_size_of_its_images_can_be_said(tmp_path, inline, kd):
+    """Networks of the libraries are built by it; of a data set's images it is the size they are shown in."""
+    torch.save(build(ARCH, 10).state_dict(), tmp_path / "x.pth")
+    words = ("import", "x.pth", "--arch", ARCH, "--out", "out.safetensors")
+    for more, size in (((), 32), (("--dataset", "digits"), 32), (("--image-size", 48), 48)):
+        assert kd(*words, *more).code == 0
+        assert checkpoint.read_metadata(tmp_path / "out.safetensors")["image_size"] == size
+    assert kd(*words, "--image-size", 16, "--dataset", "digits").code == 0
+    metadata = checkpoint.read_metadata(tmp_path / "out.safetensors")
+    assert (metadata["image_size"], metadata["arch"]["image_size"]) == (16, 16)
+    assert kd(*words, "--image-size", 2).code == 2
 
 
 def test_projection_head_of_sskd_is_dropped_aloud(tmp_path, network, inline):

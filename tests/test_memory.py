@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from harness import TINY, Kd, command, environment
 
 from kdcli import memory
 from kdcli.__main__ import run
+from kdcli.engine import device as device_
 from kdcli.engine import fit
+from kdcli.engine.device import begin_run, open_device
 from kdcli.memory import LiveBytes, Training, extrapolated
+from kdcli.specs import SystemSpec
 
 STUDENT = ["--student", "resnet8", *TINY]
 
@@ -178,6 +182,50 @@ def test_the_peak_is_predicted_within_a_fifth(words, tmp_path):
         words = [str(teacher) if word == "TEACHER" else word for word in words]
     predicted = kd(*words, "--dry-run")["estimate"]["memory_mib"]
     assert predicted == pytest.approx(kd(*words)["cost"]["peak_mib"], rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------ several runs of a process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget a process's peak")
+def test_the_peak_of_a_run_is_its_own(monkeypatch, tmp_path):
+    """What an earlier run of the process took does not count; where the system cannot forget it, nothing is told."""
+    device = open_device(SystemSpec(device="cpu", threads=1))
+    begin_run()
+    held = [torch.ones(2**18) for _ in range(300)]
+    first = device.peak_mib()
+    del held
+    begin_run()
+    second = device.peak_mib()
+    assert first is not None
+    assert second is not None
+    assert first - second > 200
+    monkeypatch.setattr(device_, "_CLEAR_REFS", tmp_path / "no/such/file")
+    monkeypatch.setattr(device_, "_peak", device_._Peak())
+    begin_run()
+    assert device.peak_mib() is not None  # of the first run it is known in any case
+    begin_run()
+    assert device.peak_mib() is None
+
+
+def test_the_peak_of_a_gpu_is_counted_anew(monkeypatch):
+    """Of each GPU there is, once CUDA is in use. No GPU is needed: torch is mocked."""
+    reset: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    begin_run()
+    assert reset == [0, 1]
+
+
+def test_an_unknown_peak_is_null_and_left_out_of_the_card(kd: Kd, monkeypatch, tmp_path):
+    """A run says null; the heartbeat and the model card go without."""
+    monkeypatch.setattr(device_.Device, "peak_mib", lambda self: None)
+    result = kd("distill", "--method", "none", *STUDENT, "--max-steps", "2", "--out", "run", "--json")
+    assert result.code == 0, result.err
+    assert result.json["cost"]["peak_mib"] is None
+    assert "minutes |" in (tmp_path / "run/MODEL_CARD.md").read_text()
+    assert kd("report", "run", "--no-page", "--format", "csv").code == 0
 
 
 # ----------------------------------------------------------------------------------------------------- over the epochs

@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from harness import TINY, Kd, outcome
 
 from kdcli import checkpoint
+from kdcli.data.loader import Batch
+from kdcli.methods import method_class
+from kdcli.methods.base import Progress, Setting
+from kdcli.models import build
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-method.md"
 RUN = ["distill", "--method", "./mine.py", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--epochs", "1"]
@@ -45,6 +50,18 @@ def test_its_settings_are_checked(kd: Kd, mine: Path):
     assert unknown.code == 2
     assert "weight" in unknown.error
     assert "weight" in json.dumps(kd("schema", "--method", "./mine.py").json)
+
+
+def test_its_labels_are_those_of_mixed_images(mine: Path):
+    """Under mixup the targets are shares of classes; `batch.labels` would be the larger share alone."""
+    x, soft = torch.randn(4, 3, 8, 8), torch.rand(4, 10).softmax(1)
+    student, teacher = build("resnet8", 10), build("resnet14", 10)
+    own = method_class(str(mine))
+    method = own(own.Spec(name=str(mine)), Setting(10, 8, 0.0), student, teacher)  # type: ignore[call-arg]
+    batch = Batch(x, soft.argmax(1), torch.arange(4), 1.0, soft=soft)
+    seen = student.features(x)
+    terms = method.loss(batch, seen, teacher.features(x), Progress(torch.tensor(1.0), torch.tensor(0.0), False))
+    assert terms["ce"].item() == pytest.approx(-(soft * seen.logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
 def test_it_resumes_bit_for_bit(kd: Kd, mine: Path, tmp_path: Path):

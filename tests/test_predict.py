@@ -161,6 +161,31 @@ def test_what_cannot_be_read_is_told_and_the_rest_done(kd, photos, trained, tmp_
     assert "holds no image" in empty.error
 
 
+def test_a_folder_without_images_keeps_no_other_from_being_classified(kd, photos, trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    good = photos / "val/red"
+    result = kd("predict", trained / "16", "empty", good, "--quiet")
+    assert result.code == 3
+    assert len(lines(result.out)) == 4
+    assert result.err.splitlines()[0] == "skipped: empty holds no image"
+    assert "1 of 5 paths could not be read" in result.error
+    document = kd("predict", trained / "16", good, "empty", "--json").json
+    assert document["classified"] == 4
+    assert document["unreadable"] == [{"path": "empty", "message": "empty holds no image"}]
+
+
+@pytest.mark.parametrize("side", ["wide", "long"])
+def test_a_very_long_image_is_refused_by_its_header(kd, photos, trained, tmp_path, side):
+    """Resized by its shorter side it would be 50,000 times as long as the network's input."""
+    size = (100_000, 2) if side == "wide" else (2, 100_000)
+    Image.new("L", size).save(tmp_path / "line.png")
+    Image.new("L", (200, 2)).save(tmp_path / "strip.png")
+    result = kd("predict", trained / "16", "line.png", "strip.png")
+    assert result.code == 3
+    assert "line.png is more than 100 times as long as wide (100000 by 2 pixels)" in result.err
+    assert [one["path"] for one in lines(result.out)] == ["strip.png"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\0"])
 def test_paths_from_stdin(end, kd, photos, trained, monkeypatch):
     """`-` is a list, one a line or with NULs between; it may stand among other paths."""

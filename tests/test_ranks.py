@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,18 @@ def test_a_failure_on_every_rank_is_told_once_with_its_own_code(tmp_path):
     assert result.json["error"]["field"] == "--teacher"
     assert "kd pretrain-teacher" in result.error
     assert not (tmp_path / "runs/digits").exists() or not list((tmp_path / "runs/digits").iterdir())
+
+
+def test_a_preset_on_stdin_reaches_the_ranks(tmp_path):
+    """The launcher has read it, and hands it on."""
+    (tmp_path / "given.toml").write_text("[train]\nlr = 0.123\nepochs = 2\nmax_steps = 1\n")
+    words = ["distill", "--method", "none", "--student", "resnet8", *TINY[:-4], "--threads", "1", "--device", "cpu"]
+    words = [word for word in words if word not in ("--epochs", "3")]
+    with open(tmp_path / "given.toml") as given:
+        result = finish(spawn(*words, "--nproc", "2", "--preset", "-", "--out", "run", cwd=tmp_path, stdin=given))
+    assert result.code == 0, result.err
+    train = json.loads((tmp_path / "run/spec.json").read_text())["train"]
+    assert (train["lr"], train["epochs"], train["max_steps"]) == (0.123, 2, 1)
 
 
 @pytest.mark.slow

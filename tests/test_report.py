@@ -6,6 +6,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -18,12 +19,17 @@ from harness import TINY, Kd, snapshot
 
 from kdcli import durable
 from kdcli.__main__ import run
+from kdcli.errors import InputError
+from kdcli.output import Story
 from kdcli.report import charts, formats, passes
 from kdcli.report.command import notes_of
-from kdcli.report.gathering import Gathered
+from kdcli.report.gathering import Gathered, gather
 from kdcli.report.markup import tag, text
+from kdcli.report.panels import panels_of
+from kdcli.report.passing import Passer
 from kdcli.report.records import Record, number, read
 from kdcli.report.rows import Row, rows_of, stat
+from kdcli.specs import SystemSpec, validate
 from kdcli.sweep.file import Number
 
 HOSTILE = "<script>alert('x')</script>|`&\"\\_{}$%\n\x1b[31m=1+1"
@@ -298,8 +304,6 @@ def test_images_and_passes_can_be_left_out(kd: Kd, runs: Path, tmp_path: Path) -
 
 
 def test_without_the_data_set_the_page_says_so(kd: Kd, runs: Path, tmp_path: Path, monkeypatch) -> None:
-    from kdcli.errors import InputError
-
     def gone(*_: Any) -> None:
         raise InputError("digits is not there")
 
@@ -428,6 +432,76 @@ def test_a_pass_agrees_with_the_evaluation(kd: Kd, runs: Path, tmp_path: Path) -
     assert right == pytest.approx(read(runs / "kd-2").test("top1"), abs=1e-3)
     assert found.features.shape[0] == len(images.sample)
     assert found.latency_ms > 0
+
+
+def test_each_network_is_passed_at_its_own_size(kd: Kd, runs: Path, tmp_path: Path) -> None:
+    """Runs at 8 and at 16 pixels: every pass counts what its run reported, and nobody is compared across sizes."""
+    larger = ["distill", *TINY, "--image-size", "16", "--student", "resnet8", "--quiet"]
+    assert kd(*larger, "--method", "none", "--out", "some/none-16").code == 0
+    assert kd(*larger, "--method", "kd", "--teacher", runs / "teacher", "--out", "some/kd-16").code == 0
+    gathered = gather([str(runs / "none-0"), str(runs / "kd-2"), "some"])
+    panels = panels_of(rows_of(gathered))
+    assert [panel.name for panel in panels] == [
+        "resnet14 → resnet8, digits at 8 pixels",
+        "resnet14 → resnet8, digits at 16 pixels",
+    ]
+    system = validate(SystemSpec, {"device": "cpu", "threads": 1, "workers": 0})
+    passer = Passer(gathered.records, system, None, None, tmp_path, Story(quiet=True))
+    for panel in panels:
+        seen = passer.panel(panel)
+        assert seen.images is not None
+        assert {row.method for row in panel.rows} == {"none", "kd"}
+        labels = seen.images.split.labels.numpy()
+        for record in (record for row in panel.rows for record in row.runs):
+            right = 100 * (seen.students[record.digest].predicted == labels).mean()
+            assert right == pytest.approx(record.test("top1"), abs=1e-3)
+    told = kd("evaluate", "some/kd-16", "--teacher", runs / "teacher", "--threads", "1", "--json").json
+    taught = next(row for row in panels[1].rows if row.method == "kd")
+    assert taught.agreement is not None
+    assert taught.agreement.mean == pytest.approx(told["metrics"]["test"]["agreement"], abs=1e-3)
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_replaced_file_has_another_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Streamed images are not read for the print, so their files must tell: no pass of the old ones is taken."""
+    from kdcli.data.dataset import DataSet, Split
+
+    files = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for name in files:
+        Path(name).write_bytes(b"12345")
+        os.utime(name, ns=(10**18, 10**18))
+    split = Split.of([0, 1], paths=files)
+    dataset = DataSet("folder:x", ("a", "b"), 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), split, split)
+    monkeypatch.setattr(passes.data, "load", lambda *_, **__: dataset)
+    before = passes.test_images("folder:x", None, 8, None).print
+    assert passes.test_images("folder:x", None, 8, None).print == before
+    Path(files[1]).write_bytes(b"123456" if change == "size" else b"54321")
+    os.utime(files[1], ns=(10**18, 10**18 + (change == "time")))
+    assert passes.test_images("folder:x", None, 8, None).print != before
+
+
+def test_the_test_images_are_looked_for_wherever_a_run_had_them(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = gather([str(runs / "none-0"), str(runs / "none-1")])
+    places = iter(("gone", "there"))
+    for record in gathered.records:
+        assert record.spec is not None
+        data = record.spec.data.model_copy(update={"data_dir": next(places)})
+        object.__setattr__(record, "spec", record.spec.model_copy(update={"data": data}))
+    original = passes.test_images
+
+    def only_there(name: str, data_dir: str | None, *more: Any) -> passes.Images:
+        if data_dir == "gone":
+            raise InputError("gone holds no digits")
+        return original(name, data_dir, *more)
+
+    monkeypatch.setattr(passes, "test_images", only_there)
+    system = validate(SystemSpec, {"device": "cpu", "threads": 1, "workers": 0})
+    seen = Passer(gathered.records, system, None, 20, tmp_path, Story(quiet=True)).panel(
+        panels_of(rows_of(gathered))[0]
+    )
+    assert len(seen.students) == 2
 
 
 def test_epochs_have_whole_ticks() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -184,6 +187,20 @@ def test_another_spec_is_refused_field_by_field(finished, kd, die_at, tmp_path):
     assert snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_images_prepared_in_another_way_are_another_run(finished, kd, die_at, tmp_path):
+    """`resident_mib` where it decides how images are resized: refused in its directory, with both values; else free."""
+    words = [*ALONE, *TINY, "--image-size", "16", "--out", "run", "--checkpoint-every", "3"]
+    if finished:
+        assert kd(*words).code == 0
+    else:
+        die(kd, die_at, 5, *words)
+    result = kd(*words, "--resident-mib", "0")
+    assert result.code == 4
+    assert "data.resident_mib was 2048, is 0" in result.error
+    assert kd(*words, "--resident-mib", "2").code == 0  # there is room enough
+
+
 def test_another_teacher_is_refused(kd, die_at, teachers, tmp_path):
     """A run goes on only with the teacher it began with: by content, so a copy of it elsewhere is fine."""
     one = tmp_path / "one.safetensors"
@@ -195,6 +212,128 @@ def test_another_teacher_is_refused(kd, die_at, teachers, tmp_path):
     assert result.code == 4
     assert "teacher" in result.error
     assert kd(*words, "--teacher", teachers / "kd").code == 0
+
+
+def reused(kd, other: list[object], *same: list[object]) -> None:
+    """Another network in the directory of a finished run is refused, the same one by any path is the finished run."""
+    refused = kd(*other, "--json")
+    assert refused.code == 4, refused.out
+    assert refused.json["error"]["field"] == "--out"
+    assert "another" in refused.error
+    for words in same:
+        found = kd(*words)
+        assert found.code == 0, found.err
+        assert "finished already" in found.err
+
+
+def test_a_finished_run_answers_for_its_own_teacher_alone(kd, teachers, tmp_path):
+    """Not with the old teacher's numbers under the name of the new one."""
+    shutil.copytree(teachers / "kd", tmp_path / "copy")
+    words = [
+        "distill",
+        "--method",
+        "kd",
+        "--student",
+        "resnet8",
+        *TINY,
+        "--max-steps",
+        "2",
+        "--out",
+        "run",
+        "--teacher",
+    ]
+    assert kd(*words, teachers / "kd").code == 0
+    reused(kd, [*words, teachers / "vsd"], [*words, teachers / "kd"], [*words, "copy"])
+
+
+PROBE = [
+    *("--dataset", "digits", "--train-fraction", "0.1", "--batch-size", "15", "--threads", "1", "--device", "cpu"),
+    *("--workers", "0"),
+]
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "2"], ["--cached", "--epochs", "1"]])
+def test_a_finished_probe_answers_for_its_own_encoder_alone(flags, kd, teachers, tmp_path):
+    """Also one that was made before its summary told the digest of the spec."""
+    shutil.copytree(teachers / "kd", tmp_path / "copy")
+    one, other, same = (
+        ["linear-probe", p, *PROBE, *flags, "--out", "run"] for p in (teachers / "kd", teachers / "vsd", "copy")
+    )
+    assert kd(*one).code == 0
+    reused(kd, other, one, same)
+    file = tmp_path / "run/summary.json"
+    summary = json.loads(file.read_text())
+    assert summary.pop("spec_digest")
+    file.write_text(json.dumps(summary))
+    reused(kd, other, one, same)
+
+
+def test_an_unfinished_probe_goes_on_with_its_own_encoder_alone(kd, die_at, teachers, tmp_path):
+    """Its state is of the encoder it began with; by content, so a copy of it elsewhere is fine."""
+    shutil.copytree(teachers / "kd", tmp_path / "copy")
+    words = [*PROBE, "--epochs", "1", "--out", "run", "--checkpoint-every", "3"]
+    die(kd, die_at, 5, "linear-probe", teachers / "kd", *words)
+    refused = kd("linear-probe", teachers / "vsd", *words)
+    assert refused.code == 4
+    assert "another encoder" in refused.error
+    assert kd("linear-probe", "copy", *words).code == 0
+
+
+def test_a_run_that_starts_over_is_recorded_as_what_it_then_is(kd, teachers, tmp_path, monkeypatch):
+    """A cached probe keeps no state, so it may start over with another encoder; its spec is then that one's."""
+    from kdcli import probe, runs
+
+    words = [*PROBE, "--cached", "--epochs", "1", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "_score", lambda *_: (_ for _ in ()).throw(Died))
+        patch.setattr(runs, "_withdraw", lambda directory: None)  # it was killed, and could not clear up
+        with pytest.raises(Died):
+            kd("linear-probe", teachers / "kd", *words)
+    assert kd("linear-probe", teachers / "vsd", *words).code == 0
+    assert json.loads((tmp_path / "run/spec.json").read_text())["encoder"] == str(teachers / "vsd")
+    assert kd("linear-probe", "--preset", "run/spec.json", teachers / "vsd", "--dataset", "digits").code == 0
+
+
+def test_a_finished_run_that_was_moved_tells_where_it_is_now(kd, teachers, tmp_path):
+    """Of itself and of its network; a probe's encoder stays where it was."""
+    words = [*ALONE, *TINY, "--max-steps", "2"]
+    first = kd(*words, "--out", "here", "--json").json
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = kd(*words, "--out", "there", "--json")
+    assert moved.code == 0
+    assert moved.json == first | {"run": "there", "checkpoint": "there/student.safetensors"}
+    assert (tmp_path / moved.json["checkpoint"]).is_file()
+    probe = ["linear-probe", teachers / "kd", *PROBE, "--max-steps", "2"]
+    first = kd(*probe, "--out", "p", "--json").json["runs"][0]
+    (tmp_path / "p").rename(tmp_path / "q")
+    assert kd(*probe, "--out", "q", "--json").json["runs"][0] == first | {"run": "q"}
+
+
+def test_a_finished_run_that_cannot_be_written_is_read(kd, tmp_path, monkeypatch):
+    """On a read-only disk or in another user's folder: exit 0 and no work; anything else is refused as ever."""
+    words = [*ALONE, *TINY, "--max-steps", "2", "--out", "run"]
+    first = kd(*words, "--json")
+    (tmp_path / "run/MODEL_CARD.md").unlink()
+    before = snapshot(tmp_path)
+    (tmp_path / "run").chmod(0o555)
+    (tmp_path / "run/.lock").chmod(0o444)
+    opened, access = os.open, os.access  # root may write everything: it is told what others are
+
+    def refuse(path, flags, *rest, **more):
+        if "run/" in os.fspath(path) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK))
+    again = kd(*words, "--json")
+    assert again.code == 0, again.err
+    assert again.json == first.json
+    assert kd(*words, "--seed", "1").code == 4
+    assert kd(*words, "--overwrite").code == 5
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == before
+    (tmp_path / "run").chmod(0o755)
 
 
 def test_a_run_in_use_is_refused(kd, tmp_path):
@@ -240,6 +379,17 @@ def test_other_threads_are_obeyed_and_told(kd, die_at):
     result = kd(*ALONE, *JOB, "--threads", "1", "--out", "broken")
     assert result.code == 0
     assert "began with 2 threads and goes on with 1" in result.err
+
+
+def test_looking_whether_one_image_will_do_changes_no_bit(kd, tmp_path, monkeypatch):
+    """Parts of one image are fine where the last map is more than a pixel; a pass before the training tells."""
+    from kdcli.engine import fit
+
+    words = [*ALONE, *TINY, "--max-steps", "2", "--accumulate", "15"]
+    assert kd(*words, "--out", "looked").code == 0
+    monkeypatch.setattr(fit, "_trains_on_one", lambda *_: True)
+    assert kd(*words, "--out", "trusted").code == 0
+    assert outcome(tmp_path / "looked") == outcome(tmp_path / "trusted")
 
 
 def test_max_steps_finishes_a_run(kd, tmp_path):

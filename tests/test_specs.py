@@ -253,6 +253,34 @@ def test_the_digest_reacts_to_what_is_computed_and_to_nothing_else(path: str) ->
     assert (changed.digest() == base.digest()) is (path in ASIDE)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "size", "mib", "another"),
+    [
+        ("cifar100", None, 0, False),  # always held as they are
+        ("cifar100", 64, 1024, False),  # 586 MiB
+        ("cifar100", 64, 500, True),
+        ("cifar100", 224, 512, True),  # the training images do not fit in any case, the test images by default
+        ("cifar100", 224, 8192, True),
+        ("digits", 8, 0, False),
+        ("digits", None, 0, True),  # their own side is 8 and not 32
+        ("stl10", None, 0, False),
+        ("stl10", 64, 0, True),
+        ("tinyimagenet", None, 0, True),
+        ("folder:x", 32, 0, True),
+        ("folder:x", 224, 0, False),  # always streamed
+        ("imagenet", 64, 0, False),
+        ("synthetic", 64, 0, False),
+    ],
+)
+def test_room_for_images_counts_where_it_changes_them(dataset: str, size: int | None, mib: int, another: bool) -> None:
+    """A set whose images come out alike is the same run, however many are held."""
+    data = {"dataset": dataset, "image_size": size}
+    base = validate(RunSpec, {**BASE, "data": data})
+    changed = validate(RunSpec, {**BASE, "data": {**data, "resident_mib": mib}})
+    assert "resident_mib" not in base.identity()["data"]
+    assert (changed.digest() != base.digest()) is another
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_digest_reacts_to_every_setting_of_the_method(name: str) -> None:
     """Resolved settings are in the identity one by one, defaults included."""
@@ -473,6 +501,8 @@ def test_a_teacher_lr_is_the_teachers_lr() -> None:
         ({"dataset": "digits", "train_fraction": 0.5, "seed": 3, "ratio": 0.25}, ("method.teacher_transform=perm6",)),
         ({"label_smoothing": 0.1, "augment": "flip"}, ("method.teacher_heads=false", "method.lambda1=0")),
         ({"runs_dir": "some where/runs", "precision": "bf16", "clip_grad": 1.5}, ("method.lambda4=1",)),
+        ({"baseline": True}, ()),
+        ({"method": "hsakd", "baseline": True}, ()),
     ],
 )
 def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets: tuple[str, ...]) -> None:
@@ -489,6 +519,18 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     made = resolved(name, *(typed["preset"] or []), sets=tuple(typed["set_"] or []), **values)
     assert made.identity() == wanted.identity()
     assert made.system.runs_dir == wanted.system.runs_dir
+
+
+@pytest.mark.parametrize("name", ["distill", "fewshot"])
+def test_a_baseline_is_asked_for_as_the_command_can(name: str) -> None:
+    """`fewshot` has no flag for it, and takes it by `--set`."""
+    spec = resolved("distill", method="kd", teacher="wrn40_2", student="wrn16_2", ratio=0.25, baseline=True)
+    arguments = shlex.split(command_line(name, spec))[2:]
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    typed = command.make_context(name, arguments).params
+    assert (typed.get("baseline"), [*typed["set_"]]) == ((True, []) if name == "distill" else (None, ["baseline=true"]))
+    made = resolved("distill", sets=("baseline=true",), method="kd", teacher="wrn40_2", student="wrn16_2", ratio=0.25)
+    assert made == spec
 
 
 def test_a_pretrained_teacher_of_a_fresh_student_is_the_pretrained_one() -> None:

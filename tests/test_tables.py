@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ import typer.main
 from harness import environment
 
 from kdcli import cli, methods, presets, teachers
+from kdcli.engine import fit
 from kdcli.errors import UsageError
 from kdcli.request import Request, parse_tuple
 from kdcli.specs import RunSpec, field_paths
+from kdcli.sweep import carrying_out
 from kdcli.sweep import file as sweepfile
 from kdcli.sweep.planned import Planned
 from kdcli.sweep.planning import expand, steps
@@ -514,11 +518,18 @@ def test_filters_of_other_axes(tmp_path: Path) -> None:
     assert [spec.data.ratio for spec in students(expand("tables/vsd-4", ["ratio=.25", "method=kd"]))] == [0.25]
     runs = expand("tables/vsd-5", ["probe=STL-10", "method=at"])
     assert [run.command for run in runs] == ["distill", "linear-probe"]
+    for only in (["probe=stl10,digits"], ["probe=stl10", "probe=tinyimagenet"]):
+        with pytest.raises(UsageError, match="has no probe") as caught:
+            expand("tables/vsd-5", only)
+        assert "its probes: stl10, tinyimagenet" in caught.value.line()
     assert {run.cells[0].label for run in expand("tables/slkd-5", ["label=Teacher"])} == {"Teacher"}
     file = write(tmp_path / "s.toml", "student = 'resnet8'\n[sweep]\nseeds = [0, 1]\n'train.batch_size' = [16, 32]\n")
     assert len(expand(file)) == 4
     (spec,) = students(expand(file, ["seed=1", "train.batch_size=32"]))
     assert (spec.seed, spec.train.batch_size) == (1, 32)
+    text = Path(file).read_text() + "[[published]]\nlabel = 'Paper'\nvalues = [70]\nrun = false\n"
+    runs = expand(write(tmp_path / "paper.toml", text), ["train.batch_size=32"])  # a paper's row has no such setting
+    assert [run.stage for run in runs] == ["student", "student"]
 
 
 @pytest.mark.parametrize(
@@ -529,6 +540,7 @@ def test_filters_of_other_axes(tmp_path: Path) -> None:
         (["method=slowkd"], [], "--only", "methods: none, kd"),
         (["stage=pupil"], [], "--only", "student"),
         (["ratio=much"], [], "--only", "ratio"),
+        (["pair=resnet56:resnet20", "probe=stl10"], [], "--only", "tables/vsd-2 has no probe stl10"),
         ([], ["system.out=x"], "system.out", "several runs"),
         ([], ["student=vgg8"], "student", "axis"),
         ([], ["method=kd"], "method", "axis"),
@@ -594,6 +606,9 @@ ROW = "[sweep]\nmethods = ['kd']\npairs = [['wrn40_2', 'wrn16_2']]\n[[published]
         ("[sweep]\n'train.epochs' = 3", "sweep.train.epochs", "list"),
         ("[sweep]\npresets = ['quickstart']\nmethods = ['kd']", "sweep.presets", "presets bring"),
         ("sweep = 3", "sweep", "table"),
+        ("[system]\nout = 'x'\n" + ROW + "label = 'kd'\nvalues = [1]", "system.out", "s.toml names one directory"),
+        ("student = 'resnet8'\n[sweep]\n'system.out' = ['x']", "system.out", "s.toml names one directory"),
+        ("method = {temprature = 3}\n" + ROW + "label = 'kd'\nvalues = [1]", "method.temprature", "temperature"),
         (
             "[sweep]\ndatasets = ['digits', 'stl10']\n[[published]]\nlabel = 'x'\nvalues = [1]",
             "sweep.datasets",
@@ -802,6 +817,43 @@ def test_a_sweep_is_carried_out_and_a_failing_run_stops_no_other(kd, tmp_path: P
     assert "- (79.50)" in lines["Paper"]
     assert "it never fits" in again.out
     assert "not available yet: vsd (1 place) needs soon" in again.out
+
+
+def test_a_sweep_is_read_once(kd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From stdin, or from a file that is edited, or gone, before the last run ends."""
+    text = "student = 'resnet8'\n" + TINY + "[about]\ntitle = 'As begun'\n[sweep]\nseeds = [0]\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert kd("sweep", "-", "--plan", "--json").json["about"]["title"] == "As begun"
+    file = Path(write(tmp_path / "s.toml", text))
+    original = carrying_out._one_by_one
+
+    def losing(*given):
+        file.unlink()
+        return original(*given)
+
+    monkeypatch.setattr(carrying_out, "_one_by_one", losing)
+    result = kd("sweep", "s.toml", "--json")
+    assert result.code == 0, result.err
+    assert result.json["about"]["title"] == "As begun"
+
+
+def test_no_run_of_a_sweep_keeps_its_networks(kd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it ended well or failed, its training is gone when the next run trains."""
+    trainings: list[weakref.ref] = []
+    alive: list[int] = []
+    original = fit.Training.run
+
+    def run(self):
+        alive.append(sum(ref() is not None for ref in trainings))
+        trainings.append(weakref.ref(self))
+        return original(self)
+
+    monkeypatch.setattr(fit.Training, "run", run)
+    write(tmp_path / "buggy.py", METHOD.format(teacher=False, init="pass"))
+    methods_ = "[sweep]\nmethods = ['buggy.py', 'none']\nseeds = [0, 1]\n"
+    write(tmp_path / "s.toml", "student = 'resnet8'\n" + TINY + methods_)
+    assert kd("sweep", "s.toml").code == 1
+    assert alive == [0, 0, 0, 0]
 
 
 def test_what_needs_a_failed_run_is_not_begun(kd, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 
-from harness import TINY, outcome, steps_saved
+import pytest
+from harness import TINY, finish, outcome, spawn, steps_saved
+from PIL import Image
 
 STREAMED = ["distill", "--method", "none", "--student", "resnet8", *TINY, "--max-steps", "8", "--color-jitter", "0.1"]
 
@@ -41,3 +43,18 @@ def test_a_stuck_worker_ends_the_run_and_the_same_command_goes_on(kd, tmp_path, 
     assert again.code == 0
     assert "going on at step" in again.err
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--max-steps", "1"], 0), (["--lr", "1e38"], 6)])
+def test_no_data_worker_holds_up_the_end(flags, code, tmp_path):
+    """Workers ignore SIGTERM, and the interpreter waits for those that are left: after an error, or of the test images."""
+    for part, count in (("train", 8), ("test", 2)):
+        for name in ("light", "dark"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (16, 16), number + 200 * (name == "light")).save(folder / f"{number}.png")
+    words = ["distill", "--method", "none", "--student", "resnet8", "--dataset", "folder:images", "--image-size", "16"]
+    words += ["--set", "data.resident_mib=0", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
+    result = finish(spawn(*words, *flags, "--workers", "1", "--quiet", cwd=tmp_path), timeout=90)
+    assert result.code == code, result.err

@@ -39,8 +39,11 @@ def inspect(
         typer.Argument(help="A network's name, a checkpoint or a run directory.", autocompletion=completion.models),
     ],
     input_size: Annotated[
-        int, typer.Option("--input-size", min=4, max=1024, help="Side of the input, pixels. [32]")
-    ] = 32,
+        int | None,
+        typer.Option(
+            "--input-size", min=4, max=1024, help="Side of the input, pixels; default: the checkpoint's, for a name 32."
+        ),
+    ] = None,
     classes: Annotated[int, typer.Option("--classes", min=1, help="Outputs of the classifier. [100]")] = 100,
     taps: Annotated[
         str | None, typer.Option("--taps", help="Modules to tap instead of the automatic choice (timm:, torchvision:).")

@@ -110,13 +110,13 @@ def fewshot(
     kd fewshot --method vsd --teacher resnet56 --student resnet20 --ratio 0.25 --ratio 0.5 --data-dir data
     """
     spec = _spec("distill", request)
-    if request.dry_run:
-        return _preview(spec, request)
-    if _launched(spec):
-        return None
     from kdcli import jobs, report
 
     ratios = ratio or [0.25, 0.5, 0.75]
+    if request.dry_run:
+        return _preview(jobs.at_ratio(spec, ratios[0]), request)
+    if _launched(spec):
+        return None
     document = jobs.fewshot(spec, ratios, _seeds(seeds, spec), _story(request), auto_teacher=auto_teacher)
     return conclude(document, report.fewshot_table(document), request.json)
 

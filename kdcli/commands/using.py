@@ -214,14 +214,20 @@ def import_(
         ),
     ] = None,
     data_dir: DataDir = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size", min=4, max=1024, help="Side of its images, pixels; default: the data set's, without one 32."
+        ),
+    ] = None,
     part: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--part",
-            help="student or teacher, of a file that holds both. [student]",
+            help="student or teacher, of a file that holds both; default: the student.",
             autocompletion=completion.words("student", "teacher"),
         ),
-    ] = "student",
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Turn a checkpoint of RepDistiller, mdistiller, SSKD or HSAKD into a kd checkpoint, running none of its pickles.
@@ -230,5 +236,5 @@ def import_(
     """
     from kdcli import catalogue
 
-    document, text = catalogue.imported(source, arch, out, dataset, data_dir, part)
+    document, text = catalogue.imported(source, arch, out, dataset, data_dir, image_size, part)
     conclude(document, text, json_)

@@ -10,14 +10,13 @@ from kdcli.data.classfolders import Walk
 from kdcli.data.dataset import DataSet, Split
 from kdcli.data.decode import decode
 from kdcli.data.images import check_images
+from kdcli.data.names import FOLDER_RESIDENT_UP_TO
 from kdcli.data.normalisation import constants
 from kdcli.data.randomness import generator
 from kdcli.data.request import Request
 from kdcli.errors import InputError
 
 _TESTS = ("val", "validation", "test")
-RESIDENT_UP_TO = 96
-"""Largest image side that is decoded once and kept: above it, training crops from the whole file instead."""
 
 
 def read(request: Request) -> DataSet:
@@ -51,7 +50,7 @@ def read(request: Request) -> DataSet:
         splits = _fifth(classes, paths, labels)
         notes = (f"no test folder in {root}: a fixed fifth of each class is the test split",)
     everything = [path for part, _ in splits.values() for path in part]
-    if kind == "folder" and request.size <= RESIDENT_UP_TO and request.fits(len(everything)):
+    if kind == "folder" and request.size <= FOLDER_RESIDENT_UP_TO and request.fits(len(everything)):
         images = decode(everything, request.size)
         parts = iter(images.split([len(part) for part, _ in splits.values()]))
         made = {name: Split.of(labels, images=next(parts)) for name, (_, labels) in splits.items()}

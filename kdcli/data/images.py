@@ -10,7 +10,8 @@
 | CMYK, YCbCr, HSV | converted |
 | anything else, I and F outside their range | refused |
 
-The EXIF orientation (1..8) is applied. Files above 64 megapixels are refused by their header, before decoding.
+The EXIF orientation (1..8) is applied. Files above 64 megapixels, and those more than 100 times as long as
+wide, are refused by their header, before decoding.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from kdcli.errors import InputError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_PIXELS = 64 * 1024 * 1024
+MAX_RATIO = (
+    100  # of the sides: with the shorter one brought to a network's size, two rows of pixels would fill the memory
+)
 
 # Only these decoders are tried: a file's name must not be able to start one of Pillow's stranger ones.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
@@ -136,6 +140,12 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise _too_large(path)
+    shorter, longer = sorted(image.size)
+    if longer > MAX_RATIO * shorter:
+        image.close()
+        raise InputError(
+            f"{os.fspath(path)} is more than {MAX_RATIO} times as long as wide ({longer} by {shorter} pixels)"
+        )
     return image
 
 

@@ -18,6 +18,17 @@ DEFAULT_SIZE: dict[str, int] = {
 }
 """Side in pixels of the square images a network sees, unless the spec asks for another."""
 
+FOLDER_RESIDENT_UP_TO = 96
+"""Largest side at which `folder:PATH` is decoded once and kept: above it, training crops from the whole file instead."""
+
+_DECODED: dict[str, tuple[int, tuple[int, ...]]] = {
+    "cifar100": (32, (50_000, 10_000)),
+    "cifar10": (32, (50_000, 10_000)),
+    "stl10": (96, (5_000, 8_000)),
+    "digits": (8, (1_797,)),
+}
+"""Sets that are in memory at any rate: the side of their images, and how many are brought to another side at once."""
+
 _ABOUT: dict[str, str] = {
     "cifar100": "CIFAR-100: 50,000 + 10,000 images of 32x32, 100 fine classes (binary or python layout)",
     "cifar10": "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes (binary or python layout)",
@@ -81,6 +92,26 @@ def public(name: str) -> str:
 def describe(name: str) -> str:
     """One line about a data set, for help texts and listings."""
     return _ABOUT[canonical("folder:." if _fold(name) in ("folder", "folder:path") else name).partition(":")[0]]
+
+
+def preparation(name: str, size: int, mib: int) -> object:
+    """Whatever is equal for two `mib` that bring a set's images to `size` in the same way; None where all do.
+
+    Images that fit are brought to their size before they are augmented: from files as whole squares, and to whole
+    levels of brightness. Others are cropped as files or at their own side, with draws of another generator, and resized
+    behind it, so that both training and test images differ.
+
+    Args:
+        name: canonical name of the set.
+        size: side in pixels of the images wanted.
+        mib: how much room there is for them, `DataSpec.resident_mib`.
+    """
+    kind = name.partition(":")[0]
+    if kind in _DECODED:
+        side, counts = _DECODED[kind]
+        return None if size == side else tuple(count * 3 * size**2 <= mib << 20 for count in counts)
+    files = kind == "tinyimagenet" or (kind == "folder" and size <= FOLDER_RESIDENT_UP_TO)
+    return mib if files else None  # how many files there are is not known before they are looked for
 
 
 def default_size(name: str) -> int:

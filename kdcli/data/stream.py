@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,16 @@ from kdcli.errors import KdError, WorkerError
 
 Key = tuple[int, list[int]]
 """(epoch, positions in the split): all that a worker must be told to make a batch."""
+
+
+_streaming: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End all workers before the interpreter waits for them at its exit: they ignore the SIGTERM that it sends."""
+    for stream in list(_streaming):
+        stream.close()
 
 
 class Samples:
@@ -186,6 +198,7 @@ class Stream:
 
     def _start(self) -> DataLoader[Any]:
         if self._loader is None:
+            _streaming.add(self)
             self._loader = DataLoader(
                 self.samples,  # type: ignore[arg-type]
                 batch_sampler=self._keys,  # type: ignore[arg-type]

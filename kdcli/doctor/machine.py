@@ -67,7 +67,7 @@ def memory() -> Finding:
         return Finding("memory", "the system does not tell how much is free", facts=facts)
     free, total = facts["free"], facts["total"]
     limits = [_number(CGROUP / "memory.max"), _number(CGROUP / "memory" / "memory.limit_in_bytes")]
-    used = _number(CGROUP / "memory.current") or _number(CGROUP / "memory" / "memory.usage_in_bytes") or 0
+    used = _used()
     limits = [limit - used for limit in limits if limit is not None and limit < total]
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
@@ -80,6 +80,19 @@ def memory() -> Finding:
     if free < MEMORY:
         return Finding("memory", text, "warning", "use a smaller --batch-size and --resident-mib", facts=facts)
     return Finding("memory", text, facts=facts)
+
+
+def _used() -> int:
+    """What the container has in use, in bytes, without the copies of files that the system gives back when it has to."""
+    found = _number(CGROUP / "memory.current")
+    folder, cached = (CGROUP, "inactive_file") if found is not None else (CGROUP / "memory", "total_inactive_file")
+    if found is None:
+        found = _number(folder / "memory.usage_in_bytes") or 0
+    try:
+        told = dict(line.split(None, 1) for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, found - int(told[cached]))
+    except (OSError, KeyError, ValueError):
+        return found
 
 
 def shared_memory() -> Finding:

@@ -12,21 +12,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdcli.engine.device import choose
 from kdcli.errors import LostRankError, WorkerError
+from kdcli.specs import SystemSpec
 
 
-def start(timeout: float, cuda: bool) -> None:
+def start(system: SystemSpec) -> None:
     """Join the process group that the launcher described in the environment (`RANK`, `WORLD_SIZE` …), if there is one.
 
-    Args:
-        timeout: seconds to wait for the other ranks.
-        cuda: use NCCL instead of gloo.
+    GPUs talk by NCCL, CPUs by gloo. NCCL is told at once which GPU is this rank's: it would take the first one.
+
+    Raises:
+        UsageError: there is no GPU for this rank.
+        WorkerError: the ranks did not find each other.
     """
     if "RANK" not in os.environ or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
+    device, timeout = choose(system), timedelta(seconds=system.rank_timeout)
     try:
         with _stdout_for_answers_only():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("nccl", timeout=timeout, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
             dist.barrier()  # connects the ranks, which gloo does at the first collective
     except (RuntimeError, ValueError) as problem:
         raise WorkerError(f"the ranks did not find each other: {str(problem).splitlines()[0]}") from None

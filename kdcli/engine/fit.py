@@ -30,7 +30,7 @@ from kdcli.engine.record import Recorder
 from kdcli.engine.signals import StopFlag, listening, stopped
 from kdcli.engine.step import Step, StepOutput, deploy
 from kdcli.engine.totals import FOLLOWED, Totals
-from kdcli.engine.update import Update
+from kdcli.engine.update import Update, parts
 from kdcli.errors import IncompatibleError, InputError, NotFiniteError, UsageError
 from kdcli.inference import Use
 from kdcli.metadata import require_state
@@ -381,16 +381,55 @@ class Training:
         self.job.story.note(f"{self.job.title}: going on at step {self.at} of {self.end}")
 
 
-def check_batches(train: Loader, has_batchnorm: bool, recipe_batch: int) -> None:
-    """Refuse, before training, what BatchNorm cannot train on: a batch of one image.
+def check_batches(train: Loader, step: Step, recipe: TrainSpec) -> None:
+    """Refuse, before training, what BatchNorm cannot train on: a batch of one image, or a part of one where it matters.
 
     Raises:
-        UsageError: a step would see a single image.
+        UsageError: a step would see a single image, or a part (`--accumulate`, ranks) a single value per channel.
     """
-    n = len(train.split.labels)
-    if has_batchnorm and (recipe_batch == 1 or n % recipe_batch == 1):
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.modules()):
+        return
+    n, size = len(train.split.labels), recipe.batch_size
+    if size == 1 or n % size == 1:
         raise UsageError(
-            f"{n} training images in batches of {recipe_batch} leave a batch of one, which BatchNorm cannot train on",
+            f"{n} training images in batches of {size} leave a batch of one, which BatchNorm cannot train on",
             field="--batch-size",
-            hint=f"for example --batch-size {recipe_batch + 1}",
+            hint=f"for example --batch-size {size + 1}",
         )
+    smallest = min(_smallest_part(count, recipe.accumulate) for count in (min(size, n), n % size) if count)
+    if smallest == 1 and not _trains_on_one(train, step):
+        ranks = f" on {distributed.world()} ranks" if distributed.world() > 1 else ""
+        raise UsageError(
+            f"{n} training images in batches of {size} leave parts of one image{ranks}, and a single value per channel, "
+            "which BatchNorm cannot train on",
+            field="--accumulate" if recipe.accumulate > 1 else "--batch-size",
+            hint=f"{'a smaller --accumulate, or ' if recipe.accumulate > 1 else ''}a batch size that leaves no such rest",
+        )
+
+
+def _smallest_part(count: int, accumulate: int) -> int:
+    """Images in the smallest part that a rank computes of a batch of `count`, as `Update` cuts it."""
+    share = max(1, count // distributed.world())
+    return max(1, share // accumulate)
+
+
+def _trains_on_one(train: Loader, step: Step) -> bool:
+    """Whether a forward pass in training mode takes a single image: BatchNorm may see a map of it, or several views.
+
+    The step is left as it was found.
+    """
+    batch = next(iter(train.epoch(0)))
+    one = parts(batch, batch.labels.shape[0])[0]
+    before = {name: value.clone() for name, value in step.state_dict().items()}
+    started = torch.ones((), device=train.device)
+    step.to(train.device).train()
+    try:
+        with torch.no_grad():
+            step(one, Progress(started, torch.zeros_like(started), odd_step=False))
+    except ValueError as problem:
+        if "more than 1 value per channel" not in str(problem):
+            raise
+        return False
+    finally:
+        step.load_state_dict(before)
+    return True

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kdcli import presets
 from kdcli.errors import KdError, LostRankError, WorkerError
 
 _CODE_FILE = "KD_EXIT_CODE_FILE"
@@ -51,7 +52,8 @@ def launch(nproc: int) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "code"
-        os.environ[_CODE_FILE] = str(noted)
+        handed = {_CODE_FILE: str(noted), **presets.hand_on_stdin(Path(folder))}
+        os.environ |= handed
         died = ""
         try:
             # The working directory is on the ranks' path only where it is on ours (`python -m kdcli`, but not `kd`).
@@ -62,7 +64,8 @@ def launch(nproc: int) -> None:
             if isinstance(problem, ChildFailedError):
                 died = _blamed({rank: failure.exitcode for rank, failure in problem.failures.items()}, nproc)
         finally:
-            os.environ.pop(_CODE_FILE)
+            for name in handed:
+                os.environ.pop(name)
         if noted.exists():
             sys.exit(int(noted.read_text()))
     if died:

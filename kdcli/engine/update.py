@@ -75,13 +75,13 @@ class Update:
             NotFiniteError: on the CPU, before the update. On a GPU `check` says it.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        parts = _parts(batch, self.recipe.accumulate)
+        pieces = parts(batch, self.recipe.accumulate)
         count = batch.labels.shape[0]
         bad = torch.zeros((), dtype=torch.bool, device=self.device.torch)
         output: StepOutput | None = None
-        for number, part in enumerate(parts):
+        for number, part in enumerate(pieces):
             share = part.labels.shape[0] / count * batch.weight
-            with _no_sync(self.forward, number < len(parts) - 1):
+            with _no_sync(self.forward, number < len(pieces) - 1):
                 output = self.forward(part, self.progress(odd=odd, seed=seed + number))
                 (output.total if share == 1 else output.total * share).backward()
             bad |= ~torch.isfinite(output.total.detach())
@@ -140,7 +140,7 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
-def _parts(batch: Batch, count: int) -> list[Batch]:
+def parts(batch: Batch, count: int) -> list[Batch]:
     """The batch cut into at most `count` parts of nearly equal size, into equally many on every rank.
 
     Ranks that hold an image more or less than others must not take another number of parts: each part may talk to the

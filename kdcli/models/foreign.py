@@ -7,19 +7,26 @@ smaller maps.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kdcli.errors import IncompatibleError, InputError, KdError, UsageError, nearest
 from kdcli.models.chain import Chain, Create
 from kdcli.models.hooked import Hooked
-from kdcli.models.network import Network
+from kdcli.models.network import Network, dry_run, reason_of, taking
 
 SMALL = 64
 """Images up to this side (pixels) count as small."""
 SMALL_SWINS = {"swin_pico_patch4_window7_224": 48, "swin_nano_patch4_window7_224": 64}
 """Swin-P and Swin-N of the OFA experiments, which timm does not list: width of the first stage."""
+
+_OTHERWISE_PRETRAINED = {"googlenet": "another network", "inception_v3": "timm:inception_v3"}
+"""Networks that torchvision builds otherwise for its weights, and what to take instead."""
 
 
 def build_foreign(
@@ -29,7 +36,7 @@ def build_foreign(
 
     Raises:
         UsageError: the library has no such network, or a pattern in `taps` matches nothing.
-        IncompatibleError: the library cannot build it for this image size.
+        IncompatibleError: the library cannot build it for this image size, or it cannot take images of that size.
         InputError: the library's weights could not be had.
     """
     library, _, short = name.partition(":")
@@ -40,7 +47,7 @@ def build_foreign(
     except KdError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if pretrained:
             raise InputError(
                 f"the weights of {name} could not be loaded: {reason}",
@@ -49,8 +56,11 @@ def build_foreign(
         raise IncompatibleError(f"{name} cannot be built for {image_size}-pixel images: {reason}") from error
     # Truncated copies get fresh weights, pretrained or not.
     create: Create = partial(make, short, image_size, False)
-    family = None if taps is not None else _family(library, net)
-    return Hooked(net, outputs, image_size, taps) if family is None else family.cut(create, net)
+    with taking(name, image_size):  # only in their first pass do many networks notice what they are given
+        family = _family(library, net) if taps is None else None
+        network = Hooked(net, outputs, image_size, taps) if family is None else family.cut(create, net)
+        dry_run(network, "features", image_size)
+    return network
 
 
 def check_name(name: str) -> None:
@@ -113,10 +123,7 @@ def timm_net(name: str, image_size: int, pretrained: bool, outputs: int) -> nn.M
         options |= {"patch_size": 2, "window_size": 4} if small else {}
     elif is_model_in_modules(name, ["mlp_mixer"]) and not native:
         if pretrained:
-            raise IncompatibleError(
-                f"timm:{name} has weights for {native_size(f'timm:{name}')}-pixel images only",
-                hint="set --image-size to that, or leave --pretrained out",
-            )
+            raise _one_size_only(f"timm:{name}")
         from kdcli.models.mixers import small_mixer
 
         mixer = small_mixer(name, image_size, 4, outputs) if small else None
@@ -152,15 +159,53 @@ def torchvision_net(name: str, image_size: int, pretrained: bool, outputs: int) 
     import torchvision
 
     options: dict[str, object] = {}
-    if name.startswith("vit_") and not pretrained:
+    if pretrained and name in _OTHERWISE_PRETRAINED:
+        # What is trained from them could not be loaded again: a checkpoint's network is built without the weights.
+        raise IncompatibleError(
+            f"torchvision:{name} has other layers and another scale of its input with the library's weights than without",
+            hint=f"use {_OTHERWISE_PRETRAINED[name]}, or leave --pretrained out",
+        )
+    if name.startswith("vit_"):
+        if pretrained and image_size != native_size(f"torchvision:{name}"):
+            raise _one_size_only(f"torchvision:{name}")
         options["image_size"] = image_size
     if not pretrained:
-        return torchvision.models.get_model(name, weights=None, num_classes=outputs, **options)
+        with _CountingOnCpu() if name.startswith("regnet_") else nullcontext():
+            return torchvision.models.get_model(name, weights=None, num_classes=outputs, **options)
     net = torchvision.models.get_model(name, weights="DEFAULT")
-    last = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    linear = net.get_submodule(last)
-    assert isinstance(linear, nn.Linear)
-    if linear.out_features != outputs:
+    last = _classifier(net)
+    layer = net.get_submodule(last)
+    fresh: nn.Module | None = None
+    if isinstance(layer, nn.Linear) and layer.out_features != outputs:
+        fresh = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
+    elif isinstance(layer, nn.Conv2d) and layer.out_channels != outputs:
+        fresh = nn.Conv2d(layer.in_channels, outputs, kernel_size=1, bias=layer.bias is not None)
+    if fresh is not None:
         parent, _, leaf = last.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, nn.Linear(linear.in_features, outputs))
+        setattr(net.get_submodule(parent), leaf, fresh)
     return net
+
+
+class _CountingOnCpu(TorchFunctionMode):
+    """RegNet computes its widths with tensors: on the meta device, where checkpoints are compared, they have no values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = dict(kwargs or {})
+        if func in (torch.arange, torch.tensor):
+            more.setdefault("device", "cpu")
+        return func(*args, **more)
+
+
+def _classifier(net: nn.Module) -> str:
+    """The dotted name of the last linear layer; in a network without any (SqueezeNet) of the last 1x1 convolution."""
+    layers = dict(net.named_modules())
+    linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+    one_by_one = [n for n, module in layers.items() if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]
+    return (linear or one_by_one)[-1]
+
+
+def _one_size_only(name: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{name} has weights for {native_size(name)}-pixel images only",
+        hint="set --image-size to that, or leave --pretrained out",
+    )

@@ -9,7 +9,8 @@ is what an auxiliary head is ("the remaining stages again"), so heads need no co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,8 +19,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcli.errors import IncompatibleError, KdError
 from kdcli.models.blocks import pool
 from kdcli.models.features import Features
+from kdcli.models.names import LIBRARIES
 
 
 class Network(nn.Module, ABC):
@@ -220,9 +223,37 @@ def dry_run(module: nn.Module, method: str, image_size: int, *, batch: int = 2) 
         )
 
 
+@contextmanager
+def taking(arch: str, image_size: int) -> Iterator[None]:
+    """What a library's network (`timm:`, `torchvision:`) raises about images of this size becomes an IncompatibleError."""
+    try:
+        yield
+    except KdError:
+        raise
+    except Exception as error:
+        if not arch.startswith(LIBRARIES):
+            raise
+        hint = "use larger images, those of the size it was made for, or another network"
+        raise IncompatibleError(
+            f"{arch} cannot take {image_size}-pixel images: {reason_of(error)}", hint=hint
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says, in a line. Raises the error again where memory ran out: that is no fault of the network."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        raise error
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def stage_shapes(network: Network, image_size: int) -> list[tuple[int, int, int]]:
-    """`(C, H, W)` of F0..FL for square images of `image_size` pixels. BatchNorm statistics stay as they are."""
-    features = dry_run(network, "features", image_size)
+    """`(C, H, W)` of F0..FL for square images of `image_size` pixels. BatchNorm statistics stay as they are.
+
+    Raises:
+        IncompatibleError: a library's network cannot take images of that size.
+    """
+    with taking(network.arch, image_size):
+        features = dry_run(network, "features", image_size)
     assert isinstance(features, Features)
     return [(m.shape[1], m.shape[2], m.shape[3]) for m in features.maps]
 

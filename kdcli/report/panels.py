@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcli import checkpoint
+from kdcli.data.names import default_size
 from kdcli.errors import KdError
 from kdcli.report.records import Record
 from kdcli.report.rows import Row
@@ -14,9 +15,10 @@ from kdcli.report.rows import Row
 
 @dataclass
 class Panel:
-    """A student's architecture on a data set, with one architecture that taught it.
+    """A student's architecture on images of a data set and size, with one architecture that taught it.
 
     Attributes:
+        size: side in pixels of the images that the students saw, which are also those that their teachers were shown.
         rows: of students, those without a teacher first.
         teachers: rows of their teachers.
     """
@@ -25,15 +27,17 @@ class Panel:
     student: str
     dataset: str
     ratio: float
+    size: int
     rows: list[Row] = field(default_factory=list)
     teachers: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Networks, data set and ratio, in a line."""
+        """Networks, data set, size and ratio, in a line."""
         networks = " → ".join(filter(None, (self.teacher, self.student)))
+        size = "" if self.size == default_size(self.dataset) else f" at {self.size} pixels"
         part = "" if self.ratio == 1 else f", {100 * self.ratio:g} % of the training images"
-        return f"{networks}, {self.dataset}{part}"
+        return f"{networks}, {self.dataset}{size}{part}"
 
     @property
     def alone(self) -> Row | None:
@@ -46,24 +50,25 @@ class Panel:
 
 
 def panels_of(rows: Sequence[Row]) -> list[Panel]:
-    """One panel for each teacher, student, data set and ratio, of the rows with finished runs.
+    """One panel for each teacher, student, data set, ratio and image size, of the rows with finished runs.
 
-    Students without a teacher stand in every panel of their architecture, data and ratio.
+    Students without a teacher stand in every panel of their architecture, data, ratio and size. Sizes are kept apart
+    because answers can be compared only where they are about the same pixels.
     """
-    panels: dict[tuple[str, str, str, float], Panel] = {}
+    panels: dict[tuple[str, str, str, float, int], Panel] = {}
     alone = []
     for row in rows:
         if row.role != "student" or not row.runs:
             continue
         if any(run.told_teacher for run in row.runs):
-            key = (row.teacher, row.student, row.dataset, row.ratio)
+            key = (row.teacher, row.student, row.dataset, row.ratio, _size(row))
             panels.setdefault(key, Panel(*key)).rows.append(row)
         elif all(_directories(row) != _directories(other) for other in alone):
             alone.append(row)  # once: in a sweep's table it stands beside every teacher
     for row in alone:
-        found = [panel for key, panel in panels.items() if key[1:] == (row.student, row.dataset, row.ratio)]
+        found = [panel for key, panel in panels.items() if key[1:] == (row.student, row.dataset, row.ratio, _size(row))]
         if not found:
-            key = ("", row.student, row.dataset, row.ratio)
+            key = ("", row.student, row.dataset, row.ratio, _size(row))
             found = [panels.setdefault(key, Panel(*key))]
         for panel in found:
             panel.rows.append(row)
@@ -74,6 +79,13 @@ def panels_of(rows: Sequence[Row]) -> list[Panel]:
                 panel.teachers.append(row)
         panel.rows.sort(key=lambda row: row.method != "none")
     return list(panels.values())
+
+
+def _size(row: Row) -> int:
+    """Side in pixels of the images that a row's runs saw: one for all of them, because it is a setting of the row."""
+    spec = row.runs[0].spec
+    assert spec is not None
+    return spec.data.image_size or default_size(spec.data.dataset)
 
 
 def _directories(row: Row) -> set[str]:

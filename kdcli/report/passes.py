@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import statistics
 import time
 import zipfile
@@ -95,8 +96,17 @@ def test_images(name: str, data_dir: str | None, image_size: int | None, limit: 
     if split.images is not None:
         content.update(split.images.numpy().tobytes())
     else:
-        content.update("\n".join(split.paths or []).encode("utf-8", "surrogatepass"))
+        content.update("\n".join(map(_version, split.paths or [])).encode("utf-8", "surrogatepass"))
     return Images(dataset, split, _sample(split.labels), content.hexdigest()[:16])
+
+
+def _version(path: str) -> str:
+    """A file's name with its size (bytes) and its time (ns), which tell that another image stands in its place."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path  # it will be named when it is read
+    return f"{path}\0{found.st_size}\0{found.st_mtime_ns}"
 
 
 def _sample(labels: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Passer:
     ) -> None:
         self.records, self.system, self.cache, self.story = records, system, cache, story
         self.data_dir, self.limit = data_dir, limit
-        self.sets: dict[tuple[str, str | None, int | None], Images | str] = {}
+        self.sets: dict[tuple[str, str | None, int], Images | str] = {}
         self.device = open_device(system)
 
     def panel(self, panel: Panel) -> Seen:
@@ -80,10 +80,18 @@ class Passer:
         return seen
 
     def _images(self, panel: Panel) -> Images | str:
-        """The panel's test images, or why they are not there."""
-        spec = panel.rows[0].runs[0].spec
-        assert spec is not None
-        key = (spec.data.dataset, self.data_dir or spec.data.data_dir, spec.data.image_size)
+        """The panel's test images, from the first place that one of its runs had them; or why they are not there."""
+        specs = [run.spec for row in panel.rows for run in row.runs if run.spec is not None]
+        places = dict.fromkeys((spec.data.dataset, self.data_dir or spec.data.data_dir) for spec in specs)
+        found: Images | str = ""
+        for dataset, place in places:
+            found = self._loaded(dataset, place, panel)
+            if not isinstance(found, str):
+                break
+        return found
+
+    def _loaded(self, dataset: str, data_dir: str | None, panel: Panel) -> Images | str:
+        key = (dataset, data_dir, panel.size)
         if key not in self.sets:
             try:
                 self.sets[key] = passes.test_images(*key, self.limit)

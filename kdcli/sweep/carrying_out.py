@@ -12,14 +12,15 @@ from kdcli.output import Story, envelope
 from kdcli.sweep.file import load
 from kdcli.sweep.outcome import Outcome, done
 from kdcli.sweep.planned import Planned, described
-from kdcli.sweep.planning import steps
+from kdcli.sweep.planning import steps_of
 
 
 def plan(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> dict[str, Any]:
     """`kd sweep --plan`: every run with its command, its resolved spec and the numbers published for it."""
-    runs = steps(name, only, sets)
+    sweep = load(name)
+    runs = steps_of(sweep, only, sets)
     documents = [{**described(run), "spec": run.spec and run.spec.model_dump(mode="json")} for run in runs]
-    return envelope("sweep", table=name, about=load(name).about.model_dump(), runs=documents)
+    return envelope("sweep", table=name, about=sweep.about.model_dump(), runs=documents)
 
 
 def carry_out(
@@ -36,7 +37,8 @@ def carry_out(
     Raises:
         Stopped: after saving; the same command goes on.
     """
-    planned = steps(name, only, sets)
+    sweep = load(name)  # once: by the end of a long sweep the file may say something else
+    planned = steps_of(sweep, only, sets)
     for run in planned:
         if run.spec is not None and (run.spec.system.nproc > 1 or "RANK" in os.environ):
             raise UsageError(
@@ -52,7 +54,7 @@ def carry_out(
 
         ended = side_by_side(planned, jobs, minutes, story)
     results = [described(run) | _told(run, outcome) for run, outcome in zip(planned, ended, strict=True)]
-    document = envelope("sweep", table=name, about=load(name).about.model_dump(), runs=results)
+    document = envelope("sweep", table=name, about=sweep.about.model_dump(), runs=results)
     return document, next((outcome.error for outcome in ended if outcome.error is not None), None)
 
 
@@ -83,7 +85,7 @@ def _one_by_one(planned: list[Planned], minutes: float | None, story: Story) -> 
             except Stopped:
                 raise
             except Exception as problem:  # a bug in one method shall not cost the night the others would have used
-                outcome = Outcome(error=problem if isinstance(problem, KdError) else _bug(problem))
+                outcome = Outcome(error=_bare(problem if isinstance(problem, KdError) else _bug(problem)))
                 story.note(f"failed: {outcome.error.line() if outcome.error else ''}")
         if outcome.missing or outcome.error is not None:
             failed.add(run.directory)
@@ -108,6 +110,12 @@ def _carried_out(run: Planned, deadline: float | None, story: Story) -> dict[str
         return jobs.probes([spec], story)["runs"][0]
     document = jobs.students(spec, [spec.seed], story, auto_teacher=True)
     return document["runs"][-1] if "runs" in document else document  # with a baseline, which comes first
+
+
+def _bare(error: KdError) -> KdError:
+    """The error without the frames it came through: they would keep the failed run's networks to the end of the sweep."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _bug(problem: Exception) -> KdError:

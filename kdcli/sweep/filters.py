@@ -17,7 +17,7 @@ def parse(sweep: Sweep, only: Sequence[str]) -> dict[str, set[str]]:
     """`--only` as sets of accepted values by key, in their canonical spelling; a key given twice accepts what both do.
 
     Raises:
-        UsageError: it is no filter, or there is no such key or stage.
+        UsageError: it is no filter, or there is no such key, stage or probe.
     """
     known = (*_KEYS, *sweep.axes.settings)
     found: dict[str, set[str]] = {}
@@ -28,10 +28,22 @@ def parse(sweep: Sweep, only: Sequence[str]) -> dict[str, set[str]]:
         if key not in known:
             raise UsageError(f"no such key: {key}", field="--only", hint=nearest(key, known))
         accepted = {_spelling(key, word.strip()) for word in given.split(",") if word.strip()}
+        if key == "probe":
+            _require_probes(sweep, accepted)
         found[key] = found[key] & accepted if key in found else accepted
     if not found.get("stage", set(STAGES)) <= set(ORDER):
         raise UsageError("no such stage", field="--only", hint=f"stages: {', '.join(STAGES)}")
+    if "probe" in found:
+        _require_probes(sweep, found["probe"])
     return found
+
+
+def _require_probes(sweep: Sweep, wanted: set[str]) -> None:
+    """Refuse probes that the sweep lacks, and none at all: students pass whichever are chosen, so nothing else would."""
+    if not wanted or not wanted <= set(sweep.axes.probes):
+        lost = ", ".join(sorted(wanted - set(sweep.axes.probes)))
+        hint = f"its probes: {', '.join(sweep.axes.probes)}" if sweep.axes.probes else "leave the filter out"
+        raise UsageError(f"{sweep.name} has no probe {lost or 'that passes'}", field="--only", hint=hint)
 
 
 def _spelling(key: str, word: str) -> str:
@@ -64,7 +76,9 @@ def facts(draft: Draft) -> dict[str, set[str]]:
 
 def passes(filters: dict[str, set[str]], facts: dict[str, set[str]]) -> bool:
     """Whether a point with these facts is meant; probes are chosen later, one by one."""
-    return all((key == "probe" and key not in facts) or accepted & facts[key] for key, accepted in filters.items())
+    return all(
+        (key == "probe" and key not in facts) or accepted & facts.get(key, set()) for key, accepted in filters.items()
+    )
 
 
 def choices(sweep: Sweep) -> str:

@@ -19,6 +19,8 @@ _Numbers = dict[tuple[str, Key], tuple[Number, ...]]
 # What a probe shares with the students of its sweep; the rest of their settings is not about it.
 _OF_PROBES = ("probe", "system", "data.data_dir", "data.download", "data.resident_mib")
 
+_ONE_PLACE = "names one directory, and there are several runs"
+
 
 def expand(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Planned]:
     """The runs of a sweep, resolved and without repetition: students, then the probes of them, then numbers without a run.
@@ -38,7 +40,11 @@ def steps(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list
 
     Only the assistants of one chain have to go one after the other; each `requires` the ones before it.
     """
-    sweep = load(name)
+    return steps_of(load(name), only, sets)
+
+
+def steps_of(sweep: Sweep, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Planned]:
+    """As `steps`, of a sweep that is loaded already."""
     _refuse(sweep, sets)
     sweep, sets = _seeded(sweep, sets)
     wanted = filters.parse(sweep, only)
@@ -54,7 +60,7 @@ def steps(name: str, only: Sequence[str] = (), sets: Sequence[str] = ()) -> list
     chosen = [run for run in found.values() if stages is None or run.stage.casefold() in stages]
     chosen = sorted(chosen, key=lambda run: ORDER.index(run.stage))
     if not chosen:
-        raise UsageError(f"nothing in {name} passes the filters", field="--only", hint=filters.choices(sweep))
+        raise UsageError(f"nothing in {sweep.name} passes the filters", field="--only", hint=filters.choices(sweep))
     return chosen
 
 
@@ -85,6 +91,8 @@ def _planned(
             yield Planned("student", "distill", entry.name, None, "", (cell,), entry.needs)
         return
     spec = methods.resolve(presets.resolve("distill", _request(sweep, draft, sets)))
+    if spec.system.out is not None:  # of the file, a preset of it, or an axis; the runs of a plan are told by directory
+        raise UsageError(f"{sweep.name} {_ONE_PLACE}", field="system.out", hint="set system.runs_dir")
     required = tuple(_before(spec))
     yield from required
     directory = _directory(spec)
@@ -199,7 +207,7 @@ def _refuse(sweep: Sweep, sets: Sequence[str]) -> None:
     for text in sets:
         path, _ = presets.parse_set(text)
         if path == "system.out":
-            raise UsageError("names one directory, and there are several runs", field=path, hint="set system.runs_dir")
+            raise UsageError(_ONE_PLACE, field=path, hint="set system.runs_dir")
         if path in swept:
             raise UsageError("is an axis of this sweep", field=path, hint="choose among its values with --only")
 

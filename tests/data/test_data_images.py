@@ -175,6 +175,19 @@ def test_bombs_are_refused_by_their_header(tmp_path, side):
             use(path)
 
 
+def test_very_long_images_are_refused_by_their_header(tmp_path):
+    """Their shorter side brought to a network's size, they would take any amount of memory."""
+    path = tmp_path / "long.png"
+    for width, height in ((100_000, 2), (101, 1), (3, 301)):
+        path.write_bytes(bomb(width, height))
+        for use in (read_image, check_image):
+            with pytest.raises(InputError, match="more than 100 times as long as wide"):
+                use(path)
+    saved(tmp_path, Image.new("L", (3, 300)), "strip.png")
+    check_image(tmp_path / "strip.png")
+    assert read_image(tmp_path / "strip.png").size == (3, 300)
+
+
 def test_damaged_files_are_refused(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     bad = []

@@ -17,6 +17,7 @@ from data_layouts import write_cifar100_binary, write_cifar100_python, write_ima
 from PIL import Image
 
 from kdcli.data import download, load
+from kdcli.data.names import preparation
 from kdcli.errors import IncompatibleError, InputError, UsageError
 
 # CIFAR ---------------------------------------------------------------------------------------------------------------
@@ -532,6 +533,16 @@ def test_image_size_is_checked_and_large_sizes_stay_native():
     kept = load("digits", image_size=224, resident_mib=16)
     assert kept.train.images.shape[-1] == 8
     assert kept.image_size == 224
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_room_that_prepares_images_alike_is_known_beforehand(size):
+    """What identifies a run is what the reader does: the border lies where the images just fit."""
+    usual = load("digits", image_size=size).train.images
+    for mib in (0, 5, 6, 21, 22):  # 32x32: 5.3 MiB, 64x64: 21.06 MiB
+        alike = preparation("digits", size, mib) == preparation("digits", size, 2048)
+        found = load("digits", image_size=size, resident_mib=mib).train.images
+        assert (found.shape == usual.shape and torch.equal(found, usual)) is alike, mib
 
 
 def test_class_names_renumber_or_refuse(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from harness import Kd
 from torch import nn
 from torch.nn import functional as F
 
@@ -146,3 +147,98 @@ def test_missing_weights_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no route to host") as caught:
         build("timm:resnet18", 10, 32, pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("torchvision:alexnet", 32),  # tapped by hooks: it is run while it is built
+        ("torchvision:maxvit_t", 32),
+        ("timm:inception_v4", 32),
+        ("timm:convnext_atto", 8),  # cut into stages: it is run only later
+        ("timm:vit_tiny_patch16_224", 100),
+        ("torchvision:inception_v3", 224),  # in training only: its auxiliary classifier needs more
+    ],
+)
+def test_a_size_that_a_network_cannot_take_is_said(name: str, size: int) -> None:
+    with torch.device("meta"), pytest.raises(IncompatibleError, match=f"{name} cannot take {size}-pixel images"):
+        build(name, 10, size)
+
+
+def test_twice_the_size_that_a_network_cannot_take_is_said() -> None:
+    with torch.device("meta"):
+        network = build("torchvision:vit_b_16", 10, 32)
+    with pytest.raises(IncompatibleError, match="torchvision:vit_b_16 cannot take 64-pixel images"):
+        stage_shapes(network, 64)
+
+
+@pytest.mark.parametrize("words", [("inspect", "--input-size"), ("distill", "--dataset", "synthetic", "--image-size")])
+def test_such_a_network_ends_a_command_with_one_line(kd: Kd, words: tuple[str, ...]) -> None:
+    name = "torchvision:squeezenet1_1"
+    first, *more = words
+    result = kd(first, *([name] if first == "inspect" else ["--method", "none", "--student", name]), *more, 8)
+    assert result.code == 4
+    assert "cannot take 8-pixel images" in result.error
+
+
+def test_running_out_of_memory_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> nn.Module:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(foreign, "timm_net", full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        build("timm:resnet18", 10, 32)
+
+
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the download: weights of 1000 classes, as the library would build the network for them."""
+    import torchvision
+
+    original = torchvision.models.get_model
+
+    def get_model(name: str, *, weights: str | None, **options: object) -> nn.Module:
+        assert (weights == "DEFAULT") == ("num_classes" not in options)
+        return original(name, weights=None, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+
+
+@pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5"])
+def test_a_pretrained_network_gets_a_last_layer_of_its_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For other classes a fresh one, by which its checkpoint is loaded again; for 1000 the library's own."""
+    published(monkeypatch)
+    network = build(name, 10, 64, pretrained=True)
+    fresh = build(name, 10, 64)
+    assert type(network.get_submodule(network.classifier_name)) is type(fresh.get_submodule(fresh.classifier_name))
+    fresh.load_state_dict(network.state_dict())
+    assert network.outputs == 10
+    with torch.no_grad():
+        assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    assert build(name, 1000, 64, pretrained=True).outputs == 1000
+
+
+def test_a_last_layer_without_bias_stays_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    published(monkeypatch)
+    with torch.device("meta"):
+        pretrained, fresh = (foreign.torchvision_net("maxvit_t", 224, wanted, 10) for wanted in (True, False))
+    assert list(pretrained.state_dict()) == list(fresh.state_dict())
+
+
+def test_a_pretrained_vit_of_another_size_is_refused() -> None:
+    """Its positions are those of one size. Nothing is fetched before that is known."""
+    with pytest.raises(IncompatibleError, match="torchvision:vit_b_16 has weights for 224-pixel images only"):
+        build("torchvision:vit_b_16", 10, 128, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_pretrained_networks_that_could_not_be_loaded_again_are_refused(name: str) -> None:
+    with pytest.raises(IncompatibleError, match="with the library's weights than without"):
+        build(f"torchvision:{name}", 10, 299, pretrained=True)
+
+
+def test_a_regnet_can_be_laid_out_without_memory() -> None:
+    """As every checkpoint is before its tensors are compared."""
+    with torch.device("meta"):
+        network = build("torchvision:regnet_x_400mf", 10, 32)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert network.tap_names  # type: ignore[attr-defined]
