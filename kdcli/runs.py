@@ -140,9 +140,8 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
     durable.make_dir(directory)
     if not spec.system.overwrite and _status(directory) == "finished" and not _writable(directory):
         _refuse_drift(directory, spec, mine)
-        yield Run(
-            directory, "finished", digest, spec, writable=False
-        )  # nobody writes here, so there is nothing to lock
+        # Nobody writes here, so there is nothing to lock.
+        yield Run(directory, "finished", digest, spec, writable=False)
         return
     aside = directory / ".replaced"
     with hold(directory):
