@@ -20,8 +20,8 @@ def _specs(name: str) -> list[RunSpec]:
     return [run.spec for run in expand(name) if run.spec is not None]
 
 
-def test_there_are_four():
-    assert STUDIES == ["studies/cpu", "studies/cpu-vsd", "studies/gpu", "studies/gpu-vsd"]
+def test_there_are_five():
+    assert STUDIES == [f"studies/{name}" for name in ("cpu", "cpu-vsd", "cpu-weights", "gpu", "gpu-vsd")]
 
 
 @pytest.mark.parametrize("name", STUDIES)
