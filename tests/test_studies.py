@@ -21,7 +21,8 @@ def _specs(name: str) -> list[RunSpec]:
 
 
 def test_there_are_five():
-    assert STUDIES == [f"studies/{name}" for name in ("cpu", "cpu-vsd", "cpu-weights", "gpu", "gpu-vsd")]
+    names = ("cpu", "cpu-vsd", "cpu-weights", "gpu", "gpu-vsd")
+    assert [f"studies/{name}" for name in names] == STUDIES
 
 
 @pytest.mark.parametrize("name", STUDIES)

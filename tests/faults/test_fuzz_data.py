@@ -26,13 +26,10 @@ CLASSES = [f"class{i}" for i in range(10)]
 
 
 def words(dataset: str, *more: object) -> list[object]:
-    """A training of one step on the data set `dataset`, found in `d`.
-
-    However many images a mutation takes away, all that are left are one batch.
-    """
+    """A training of one step on the data set `dataset`, found in `d`."""
     return [
         *("distill", "--method", "none", "--student", "resnet8", "--dataset", dataset, "--data-dir", "d"),
-        *("--image-size", "8", "--batch-size", "64", "--epochs", "1", "--max-steps", "1"),
+        *("--image-size", "8", "--batch-size", "4", "--epochs", "1", "--max-steps", "1"),
         *("--device", "cpu", "--threads", "1", "--workers", "0", "--out", "run", *more),
     ]
 
@@ -151,7 +148,9 @@ def of_kind(kind: str, dataset: str) -> Callable[[random.Random, Path], tuple[Tr
 
     def one(draw: random.Random, folder: Path) -> tuple[Trial, Collection[int]]:
         mutated(kind, draw, folder)
-        found = trial(words(dataset), folder, before=small_cifar, writable=["run", "d" if kind == "archive" else "run"])
+        # However many images the mutation takes away, those that are left are one batch, and never a batch of one.
+        asked = words(dataset, "--batch-size", "64")
+        found = trial(asked, folder, before=small_cifar, writable=["run", "d" if kind == "archive" else "run"])
         return found, (HARMLESS, *REFUSED)
 
     return one
