@@ -29,9 +29,8 @@ from kdcli.errors import InputError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_PIXELS = 64 * 1024 * 1024
-MAX_RATIO = (
-    100  # of the sides: with the shorter one brought to a network's size, two rows of pixels would fill the memory
-)
+# Of the sides: with the shorter one brought to a network's size, two long rows of pixels would fill the memory.
+MAX_RATIO = 100
 
 # Only these decoders are tried: a file's name must not be able to start one of Pillow's stranger ones.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
