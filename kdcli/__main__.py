@@ -57,10 +57,19 @@ def run(arguments: list[str], *, verbose: bool = False) -> int:
             return _fail(InputError(f"cannot use {path}: {problem.strerror}", hint="check the path"), arguments)
         if verbose:
             traceback.print_exc()
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        text = f"{type(problem).__name__}: {problem} at {os.path.basename(where.filename)}:{where.lineno}"
-        hint = None if verbose else "--verbose shows the traceback"
-        return _fail(KdError(f"a bug in kd: {text}", hint=hint), arguments)
+        return _fail(_unforeseen(problem, verbose), arguments)
+
+
+def _unforeseen(problem: Exception, verbose: bool) -> KdError:
+    """An exception that nobody turned into a sentence: in a user's method file if it passed one, else a bug of ours."""
+    from kdcli.methods import USERS
+
+    frames = list(traceback.walk_tb(problem.__traceback__))
+    theirs = [frame for frame in frames if str(frame[0].f_globals.get("__name__")).startswith(USERS)]
+    frame, line = (theirs or frames)[-1]
+    text = f"{type(problem).__name__}: {problem} at {os.path.basename(frame.f_code.co_filename)}:{line}"
+    hint = None if verbose else "--verbose shows the traceback"
+    return InputError(text, field="method", hint=hint) if theirs else KdError(f"a bug in kd: {text}", hint=hint)
 
 
 def _fail(error: KdError, arguments: list[str]) -> int:

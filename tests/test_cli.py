@@ -475,6 +475,22 @@ def test_a_full_run_takes_no_smoke_teacher(kd):
     assert "--max-steps" not in result.error
 
 
+def test_a_mistake_in_a_users_method_is_told_with_its_line(kd, tmp_path):
+    """It needs no settings of its own to run; what it raises is its author's to mend, not a bug in kd."""
+    (tmp_path / "mine.py").write_text(
+        "from kdcli.methods.base import Method\n"
+        "class Mine(Method):\n"
+        "    def loss(self, batch, student, teacher, progress):\n"
+        "        return {'mine': (student.logits - teacher.logits[:, :3]).square().mean()}\n"
+    )
+    result = kd(
+        "distill", "--method", "mine.py", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--max-steps", "2"
+    )
+    assert result.code == 3
+    assert result.error.startswith("error: method: RuntimeError: The size of tensor a (10) must match")
+    assert "at mine.py:4 (--verbose" in result.error
+
+
 def test_a_users_own_method_file(kd, tmp_path):
     """One file with a Spec and a Method; its settings go by --set like those of a shipped method."""
     (tmp_path / "mine.py").write_text(

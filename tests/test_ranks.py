@@ -85,6 +85,23 @@ def test_with_batchnorm_two_ranks_repeat_themselves_and_survive_a_death(kd: Kd, 
     assert measured["top1"] == told["top1"]
 
 
+def test_a_rank_that_is_ended_because_another_died_is_not_the_cause(tmp_path):
+    """Rank 1 is killed while rank 0 is still building, where SIGTERM ends it at once: exit 8 for rank 1, not 143."""
+    (tmp_path / "dies.py").write_text(
+        "import os, signal, time\n"
+        "from kdcli.methods.base import Method\n"
+        "class Dies(Method):\n"
+        "    'One rank dies, the other waits.'\n"
+        "    def loss(self, batch, student, teacher, progress): return {'ce': student.logits.sum()}\n"
+        "if 'RANK' in os.environ:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(120)\n"
+    )
+    words = ["distill", "--method", tmp_path / "dies.py", "--teacher", "resnet14", "--student", "resnet8", *TINY]
+    died = ranks(*words, cwd=tmp_path)
+    assert died.code == 8, died.err
+    assert died.error == "error: rank 1 was ended by SIGKILL (run the same command again to go on)"
+
+
 def test_a_failure_on_every_rank_is_told_once_with_its_own_code(tmp_path):
     """The launcher's 1 does not hide what went wrong: exit 3, one line, one document."""
     result = ranks(*BATCHNORM, "--no-auto-teacher", "--json", cwd=tmp_path)

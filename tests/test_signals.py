@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 from harness import PER_EPOCH, TINY, finish, outcome, spawn, steps_saved, wait_for_step
+from PIL import Image
+
+from kdcli.data.images import read_image
+from kdcli.engine.signals import StopFlag, listening
+from kdcli.errors import Stopped
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
 
@@ -86,6 +91,18 @@ def test_a_signal_before_training_begins(number, flags, code, word, kd, tmp_path
     assert word in stopped.error
     assert not (tmp_path / "run").exists()
     assert kd(*ALONE, "--max-steps", "2", "--out", "run").code == 0
+
+
+def test_a_signal_while_an_image_is_decoded(tmp_path, monkeypatch):
+    """It stops the command: it is not the image that is damaged, nor the block of EXIF that can be done without."""
+    path = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(path)
+    for place in ("load", "getexif"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(Stopped) as stop, listening(StopFlag(None, False), at_once=True):
+                read_image(path)
+        assert stop.value.code == 143
 
 
 def test_a_stop_while_the_teacher_is_trained_on_the_way(kd, tmp_path, monkeypatch):

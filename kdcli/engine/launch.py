@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 
 from kdcli import presets
-from kdcli.errors import KdError, LostRankError, WorkerError
+from kdcli.errors import KdError, LostRankError, Stopped, WorkerError
 
 _CODE_FILE = "KD_EXIT_CODE_FILE"
+_FAILED = ".failed"  # appended to its name: there as soon as the launcher ends the ranks because one of them failed
 _GRACE = 2  # seconds that the other ranks have to leave after one has failed; then they are killed
 
 
@@ -33,12 +34,6 @@ def launch(nproc: int) -> None:
 
     logging.disable(logging.CRITICAL)  # the launcher's own report of a failure: a page that says less than the rank did
     close = PContext.close
-
-    def closing(context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        # Without a signal to pass on, a rank has failed, and those that hang must not hold up the end for half a minute.
-        close(context, death_sig, timeout if death_sig else _GRACE)
-
-    PContext.close = closing  # type: ignore[method-assign]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
@@ -52,6 +47,15 @@ def launch(nproc: int) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "code"
+
+        def closing(context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            # Without a signal to pass on, a rank has failed: the SIGTERM that the others now get is not the cause, and
+            # those that hang must not hold up the end for half a minute.
+            if death_sig is None:
+                noted.with_suffix(_FAILED).touch()
+            close(context, death_sig, timeout if death_sig else _GRACE)
+
+        PContext.close = closing  # type: ignore[method-assign]
         handed = {_CODE_FILE: str(noted), **presets.hand_on_stdin(Path(folder))}
         os.environ |= handed
         died = ""
@@ -64,6 +68,7 @@ def launch(nproc: int) -> None:
             if isinstance(problem, ChildFailedError):
                 died = _blamed({rank: failure.exitcode for rank, failure in problem.failures.items()}, nproc)
         finally:
+            PContext.close = close  # type: ignore[method-assign]
             for name in handed:
                 os.environ.pop(name)
         if noted.exists():
@@ -91,12 +96,14 @@ def claim(error: KdError) -> bool:
     """Note the exit code of a rank that fails, for `launch`.
 
     Returns:
-        Whether this rank speaks for all: not if another one was first, nor if all that it knows is that one is missing.
+        Whether this rank speaks for all: not if another one was first, nor if all that it knows is that one is missing
+        or that it was told to end (by the launcher, because another one had failed).
     """
     path = os.environ.get(_CODE_FILE)
     if path is None or "RANK" not in os.environ or error.code == 0:
         return True
-    if isinstance(error, LostRankError):
+    told_to_end = isinstance(error, Stopped) and Path(path).with_suffix(_FAILED).exists()
+    if isinstance(error, LostRankError) or told_to_end:
         return False
     try:
         with open(path, "x") as file:

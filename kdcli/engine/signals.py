@@ -14,6 +14,10 @@ from kdcli.errors import Stopped
 _GO_ON = "run the same command again to go on"
 
 
+class _Leave(BaseException):
+    """Raised where a signal finds the program: no `except Exception` on its way takes it for a damaged image."""
+
+
 class StopFlag:
     """Whether, and with which exit code, the run should stop; 0 means go on."""
 
@@ -56,12 +60,15 @@ def listening(flag: StopFlag, *, at_once: bool = False) -> Iterator[None]:
     """Let `flag` receive the stop signals for the duration of the block (in the main thread; elsewhere nothing).
 
     Args:
-        at_once: raise `Stopped` where the signal finds the program, which is right while nothing is being trained.
+        at_once: leave the block where the signal finds the program, which is right while nothing is being trained.
+
+    Raises:
+        Stopped: a signal came in a block that is to be left at once.
     """
 
     def leave(number: int, frame: Any) -> None:
         flag.receive(number, frame)
-        raise stopped(flag.code, "all there was")
+        raise _Leave
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,6 +77,8 @@ def listening(flag: StopFlag, *, at_once: bool = False) -> Iterator[None]:
     before = {name: signal.signal(name, leave if at_once else flag.receive) for name in names}
     try:
         yield
+    except _Leave:
+        raise stopped(flag.code, "all there was") from None
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -14,6 +14,7 @@ from kdcli.specs import RunSpec, TrainSpec, validate
 if TYPE_CHECKING:
     from kdcli.methods.base import Method, MethodSpec
 
+USERS = "kd_method_"  # a user's method file is imported as a module whose name begins so
 # Name → one line for `kd list methods`; a name is also the module's, so that listing imports nothing.
 SHIPPED = {
     "none": "the student alone, trained on the labels",
@@ -84,7 +85,7 @@ def method_class(name: str) -> type[Method]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise UsageError(f"no such file: {path}", field="method", hint="give the path of a Python file")
-    spec = importlib.util.spec_from_file_location(f"kd_method_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(USERS + path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

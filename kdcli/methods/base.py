@@ -104,12 +104,12 @@ class Setting:
 class Method(nn.Module, ABC):
     """A distillation method.
 
-    Subclasses set `Spec`, and take `(spec, setting, student, teacher)`; the networks may be inspected (shapes) to size
-    side modules, but are not kept: they are handed to the loss as features. Both are None, or the student alone is,
-    where only `teacher_loss` will be called.
+    Subclasses set `Spec` if they have settings, and take `(spec, setting, student, teacher)`; the networks may be inspected
+    (shapes) to size side modules, but are not kept: they are handed to the loss as features. Both are None, or the student
+    alone is, where only `teacher_loss` will be called.
     """
 
-    Spec: ClassVar[type[MethodSpec]]
+    Spec: ClassVar[type[MethodSpec]] = MethodSpec
     needs_teacher: ClassVar[bool] = True
     """Whether a student is trained with a teacher."""
     nesterov: ClassVar[bool] = False
