@@ -263,6 +263,9 @@ def test_both_paths_learn_the_same():
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
+        ("kd", {"system__compile": True}),
+        ("vsd", {"system__compile": True}),
+        ("tas", {"system__compile": True}),
         ("vsd", {}),
         ("hsakd", {}),
         ("sskd", {}),

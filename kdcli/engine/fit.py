@@ -35,6 +35,7 @@ from kdcli.errors import IncompatibleError, InputError, NotFiniteError, UsageErr
 from kdcli.inference import Use
 from kdcli.metadata import require_state
 from kdcli.methods.base import Progress
+from kdcli.models import winograd
 from kdcli.output import Story
 from kdcli.runs import Run
 from kdcli.specs import TrainSpec
@@ -152,13 +153,18 @@ class Training:
     def _wrapped(self) -> Callable[[Batch, Progress], StepOutput]:
         """The step as it is called: compiled if asked for, synchronised over ranks if there are several."""
         module: nn.Module = self.module
+        compiled = self.spec.system.compile
+        if compiled and not self.job.device.cuda and self.job.device.precision == "fp32":
+            winograd.adopt(module, frozen=False)
+            for network in self.job.step.frozen():
+                winograd.adopt(network, frozen=True)
         if distributed.world() > 1 and any(p.requires_grad for p in module.parameters()):
             with warnings.catch_warnings():
                 # Newer torch calls the argument forward_sync_buffers, which 2.10 does not know.
                 warnings.simplefilter("ignore", FutureWarning)
                 module = DistributedDataParallel(module, broadcast_buffers=False)
         # dynamic=False: a graph per batch size; a graph made general half-way would change the bits of a resumed run.
-        return torch.compile(module, dynamic=False) if self.spec.system.compile else module
+        return torch.compile(module, dynamic=False) if compiled else module
 
     # ------------------------------------------------------------------------------------------------------ the loop
 

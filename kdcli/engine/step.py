@@ -43,6 +43,10 @@ class Step(nn.Module):
     trained: nn.Module
     """The network that is evaluated and exported."""
 
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """Networks that take part and never change; they are no submodules."""
+        return ()
+
     def companions(self) -> dict[str, nn.Module]:
         """Networks that are evaluated beside the trained one, by name; images [B,3,H,W] to logits [B,K]."""
         return {}
@@ -75,6 +79,9 @@ class StudentStep(Step):
     @property
     def trained(self) -> Network:  # type: ignore[override]
         return self.student
+
+    def frozen(self) -> tuple[nn.Module, ...]:
+        return tuple(network for network in self._teacher if network is not None)
 
     def companions(self) -> dict[str, nn.Module]:
         return self.method.companions(self.student, self._teacher[0])
