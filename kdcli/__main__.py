@@ -9,7 +9,7 @@ import traceback
 
 from kdcli import output
 from kdcli.engine.signals import StopFlag, listening
-from kdcli.errors import InputError, KdError, Stopped, UsageError, WriteError
+from kdcli.errors import InputError, KdError, Stopped, UsageError, WriteError, unforeseen
 
 # What a path can be, wherever it is first looked at: too long, in a folder that may not be entered, a loop of links.
 _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
@@ -57,19 +57,7 @@ def run(arguments: list[str], *, verbose: bool = False) -> int:
             return _fail(InputError(f"cannot use {path}: {problem.strerror}", hint="check the path"), arguments)
         if verbose:
             traceback.print_exc()
-        return _fail(_unforeseen(problem, verbose), arguments)
-
-
-def _unforeseen(problem: Exception, verbose: bool) -> KdError:
-    """An exception that nobody turned into a sentence: in a user's method file if it passed one, else a bug of ours."""
-    from kdcli.methods import USERS
-
-    frames = list(traceback.walk_tb(problem.__traceback__))
-    theirs = [frame for frame in frames if str(frame[0].f_globals.get("__name__")).startswith(USERS)]
-    frame, line = (theirs or frames)[-1]
-    text = f"{type(problem).__name__}: {problem} at {os.path.basename(frame.f_code.co_filename)}:{line}"
-    hint = None if verbose else "--verbose shows the traceback"
-    return InputError(text, field="method", hint=hint) if theirs else KdError(f"a bug in kd: {text}", hint=hint)
+        return _fail(unforeseen(problem, None) if verbose else unforeseen(problem), arguments)
 
 
 def _fail(error: KdError, arguments: list[str]) -> int:

@@ -7,6 +7,8 @@ stderr and leaves with `code`; a traceback is only ever a bug in `kd` itself.
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -101,6 +103,19 @@ class Stopped(KdError):  # noqa: N818 - not an error: the run was asked to stop
     def __init__(self, message: str, code: int, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.code = code  # type: ignore[misc]
+
+
+USERS = "kd_method_"
+"""A user's method file is imported as a module whose name begins so."""
+
+
+def unforeseen(problem: Exception, hint: str | None = "--verbose shows the traceback") -> KdError:
+    """An exception that nobody turned into a sentence: in a user's method file if it passed one, else a bug of ours."""
+    frames = list(traceback.walk_tb(problem.__traceback__))
+    theirs = [frame for frame in frames if str(frame[0].f_globals.get("__name__")).startswith(USERS)]
+    frame, line = (theirs or frames)[-1]
+    text = f"{type(problem).__name__}: {problem} at {os.path.basename(frame.f_code.co_filename)}:{line}"
+    return InputError(text, field="method", hint=hint) if theirs else KdError(f"a bug in kd: {text}", hint=hint)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

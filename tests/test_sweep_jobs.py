@@ -401,7 +401,7 @@ def test_side_by_side_is_one_by_one(kd, tmp_path: Path) -> None:
     os.chdir(single)
     one = kd(*words)
     two = finish(process)
-    assert (one.code, two.code) == (1, 1), two.err
+    assert (one.code, two.code) == (3, 3), two.err
     assert two.json == one.json
     assert [run["status"] for run in two.json["runs"]].count("done") == 3
     runs = sorted(path.relative_to(single) for path in single.glob("runs/*/*"))

@@ -796,7 +796,7 @@ def test_a_sweep_is_carried_out_and_a_failing_run_stops_no_other(kd, tmp_path: P
         "not available": 1,
         "paper": 1,
     }
-    assert [run["exit_code"] for run in by_status["failed"]] == [4, 4, 1, 1]
+    assert [run["exit_code"] for run in by_status["failed"]] == [4, 4, 3, 3]
     done = [run for run in by_status["done"] if run["stage"] == "student"]
     for run in done:
         summary = json.loads((tmp_path / run["run"] / "summary.json").read_text())
@@ -852,7 +852,7 @@ def test_no_run_of_a_sweep_keeps_its_networks(kd, tmp_path: Path, monkeypatch: p
     write(tmp_path / "buggy.py", METHOD.format(teacher=False, init="pass"))
     methods_ = "[sweep]\nmethods = ['buggy.py', 'none']\nseeds = [0, 1]\n"
     write(tmp_path / "s.toml", "student = 'resnet8'\n" + TINY + methods_)
-    assert kd("sweep", "s.toml").code == 1
+    assert kd("sweep", "s.toml").code == 3
     assert alive == [0, 0, 0, 0]
 
 
@@ -864,7 +864,7 @@ def test_what_needs_a_failed_run_is_not_begun(kd, tmp_path: Path) -> None:
         "student = 'resnet8'\n" + TINY + "[sweep]\nmethods = ['buggy.py', 'none']\nprobes = ['digits']\n",
     )
     result = kd("sweep", "s.toml", "--set", "probe.cached=true", "--json")
-    assert result.code == 1
+    assert result.code == 3
     status = {(run["stage"], run["method"]): run["status"] for run in result.json["runs"]}
     assert status == {
         ("student", "buggy.py"): "failed",

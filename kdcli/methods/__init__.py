@@ -8,13 +8,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import InputError, KdError, UsageError, nearest
+from kdcli.errors import USERS, InputError, KdError, UsageError, nearest
 from kdcli.specs import RunSpec, TrainSpec, validate
 
 if TYPE_CHECKING:
     from kdcli.methods.base import Method, MethodSpec
 
-USERS = "kd_method_"  # a user's method file is imported as a module whose name begins so
 # Name → one line for `kd list methods`; a name is also the module's, so that listing imports nothing.
 SHIPPED = {
     "none": "the student alone, trained on the labels",

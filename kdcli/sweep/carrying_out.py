@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kdcli.errors import KdError, Stopped, UsageError
+from kdcli.errors import KdError, Stopped, UsageError, unforeseen
 from kdcli.output import Story, envelope
 from kdcli.sweep.file import load
 from kdcli.sweep.outcome import Outcome, done
@@ -85,7 +85,7 @@ def _one_by_one(planned: list[Planned], minutes: float | None, story: Story) -> 
             except Stopped:
                 raise
             except Exception as problem:  # a bug in one method shall not cost the night the others would have used
-                outcome = Outcome(error=_bare(problem if isinstance(problem, KdError) else _bug(problem)))
+                outcome = Outcome(error=_bare(problem if isinstance(problem, KdError) else unforeseen(problem)))
                 story.note(f"failed: {outcome.error.line() if outcome.error else ''}")
         if outcome.missing or outcome.error is not None:
             failed.add(run.directory)
@@ -116,11 +116,3 @@ def _bare(error: KdError) -> KdError:
     """The error without the frames it came through: they would keep the failed run's networks to the end of the sweep."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
-
-
-def _bug(problem: Exception) -> KdError:
-    import traceback
-
-    where = traceback.extract_tb(problem.__traceback__)[-1]
-    place = f"{os.path.basename(where.filename)}:{where.lineno}"
-    return KdError(f"a bug in kd: {type(problem).__name__}: {problem} at {place}")
