@@ -198,7 +198,7 @@ class SystemSpec(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the networks; losses are always computed in fp32."""
     compile: bool = False
-    """Compile the training step with torch.compile: a minute at the start, faster steps after."""
+    """Compile the training step with torch.compile: a minute or two at the start, faster steps after."""
     cuda_graphs: bool = _aside(True)
     """On a GPU, record the training step once and replay it: small networks wait for the host otherwise."""
     threads: int | None = _aside(None, ge=1, le=1024)
