@@ -270,7 +270,7 @@ def test_both_paths_learn_the_same():
         ("hsakd", {}),
         ("sskd", {}),
         ("crd", {}),
-        ("reviewkd", {"method__warmup": 1}),
+        ("reviewkd", {"method__warmup": 1, "train__lr": 0.004}),
         ("slkd", {}),
         ("tas", {}),
         ("rekd", {"method__warmup": 1}),
@@ -279,11 +279,11 @@ def test_both_paths_learn_the_same():
 def test_both_paths_learn_the_same_by_every_kind_of_method(method: str, settings: dict[str, Any]):
     """At a rate at which the networks move without multiplying every rounding: the recipe's 0.05 makes 1e-3 of 1e-7."""
     images = {"data__dataset": "synthetic", "data__image_size": 16, "train__batch_size": 32}
-    pairs = agreement(spec(method, train__lr=0.002, **images, **settings))
+    pairs = agreement(spec(method, **{"train__lr": 0.002, **images, **settings}))
     assert len(pairs) == 20
     for mine, theirs in pairs:
         assert mine == pytest.approx(theirs, rel=1e-5)
-    assert abs(pairs[-1][0] - pairs[0][0]) > 5e-3 * pairs[0][0]
+    assert abs(pairs[-1][0] - pairs[0][0]) > 1e-2 * pairs[0][0]
 
 
 def test_the_fast_path_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch):
