@@ -15,6 +15,7 @@ from kdcli.engine import distributed
 from kdcli.engine.device import Device
 from kdcli.methods.base import Method, Setting
 from kdcli.models import build
+from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, stage_shapes
 from kdcli.models.panel import Panel
@@ -93,6 +94,19 @@ def make_method(
     )
     torch.manual_seed(mix(spec.seed, "method"))
     return method(values, setting, student, teacher)  # type: ignore[call-arg]
+
+
+def in_steps(
+    objective: Method, teacher: Network | Headed | Panel | None, *, fold: bool = True
+) -> Network | Headed | Panel | None:
+    """A frozen teacher as a student's steps take it: None where no loss reads it, else with its BatchNorm folded.
+
+    Args:
+        fold: fold the BatchNorm where the method allows it.
+    """
+    if teacher is None or not objective.reads_teacher():
+        return None
+    return folded(teacher) if fold and not objective.needs_batchnorm() else teacher
 
 
 def augmentation(spec: RunSpec, dataset: DataSet) -> str:

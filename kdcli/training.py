@@ -14,6 +14,7 @@ from kdcli import checkpoint, durable, methods, modelcard, teachers
 from kdcli.building import (
     evaluated_part,
     evaluation_loaders,
+    in_steps,
     load_data,
     make_loader,
     make_method,
@@ -31,7 +32,6 @@ from kdcli.engine.signals import StopFlag
 from kdcli.engine.step import Step, StudentStep, TeacherStep, deploy
 from kdcli.errors import InputError
 from kdcli.inference import Use
-from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, parameters_of
 from kdcli.models.panel import Panel
@@ -359,10 +359,9 @@ def distill(spec: RunSpec, story: Story, stop: StopFlag, *, auto_teacher: bool =
         dataset = load_data(spec, story)
         taught = _taught(spec, story, stop, dataset, device, auto=auto_teacher)
         student = make_network(spec, "student", method, values, dataset)
-        teacher = None if taught is None else taught.network
-        objective = make_method(spec, dataset, student, teacher)
-        if teacher is not None and not objective.needs_batchnorm():
-            teacher = folded(teacher)
+        network = None if taught is None else taught.network
+        objective = make_method(spec, dataset, student, network)
+        teacher = in_steps(objective, network)
         facts = _facts(spec, dataset, contents)
         if taught is not None:
             facts["teacher"] = taught.digests

@@ -8,14 +8,13 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdcli import methods, teachers
-from kdcli.building import make_method, make_network, make_teacher
+from kdcli.building import in_steps, make_method, make_network, make_teacher
 from kdcli.data.dataset import DataSet
 from kdcli.data.randomness import generator
 from kdcli.engine.device import Device
 from kdcli.engine.step import StudentStep, deploy
 from kdcli.errors import InputError
 from kdcli.inference import Use
-from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.names import canonical
 from kdcli.models.network import Network
@@ -74,8 +73,7 @@ def build(spec: RunSpec, dataset: DataSet, device: Device, *, fold: bool) -> Par
     student = make_network(spec, "student", method, values, dataset)
     use = Use(**method.inference(values, "student"))
     objective = make_method(spec, dataset, student, teacher)
-    if fold and teacher is not None and not objective.needs_batchnorm():
-        teacher = folded(teacher)
+    teacher = in_steps(objective, teacher, fold=fold)
     return Parts(StudentStep(objective, student, teacher, use, device), student, teacher, use)
 
 

@@ -230,6 +230,10 @@ class Method(nn.Module, ABC):
         backbone = teacher.network if isinstance(teacher, Headed) else teacher
         return backbone.features(views)
 
+    def reads_teacher(self) -> bool:
+        """Whether any term reads the teacher's features; where none does under these settings, its pass is left out."""
+        return True
+
     def needs_batchnorm(self) -> bool:
         """Whether the teacher's BatchNorm layers do more than evaluation mode does (statistics of a batch); default no.
 

@@ -263,13 +263,19 @@ class VSD(Method):
             )
         return features
 
+    def reads_teacher(self) -> bool:
+        """Not with labels alone (lambda1 and lambda2 are 0)."""
+        return self.spec.lambda1 > 0 or self.spec.lambda2 > 0
+
     def loss(self, batch: Batch, student: Features, teacher: Features | None, progress: Progress) -> dict[str, Tensor]:
         """{"kd1", "kd2", "agg1", "agg2"} of Eq. 6, without the terms whose weight is 0."""
-        assert teacher is not None
+        assert teacher is not None or not self.reads_teacher()
         spec, terms = self.spec, {}
         if spec.lambda1:
+            assert teacher is not None
             terms["kd1"] = spec.lambda1 * torch.stack(self._hierarchical(student, teacher)).sum()
         if spec.lambda2:
+            assert teacher is not None
             times = self.count if spec.kd2_times_k else 1
             terms["kd2"] = spec.lambda2 * times * self._compare(student.logits, teacher.logits, spec.kd2_space)
         if spec.lambda3:

@@ -639,3 +639,35 @@ def test_a_transformer_can_be_the_student(settings: dict[str, Any]) -> None:
     torch.stack(list(made.terms(batch()).values())).sum().backward()
     unused = [n for net in (made.method, made.student) for n, p in net.named_parameters() if p.grad is None]
     assert not unused
+
+
+# ----------------------------------------------------------------------------------------------------- labels alone
+
+
+def test_a_teacher_that_no_loss_reads_costs_nothing(kd, monkeypatch, tmp_path) -> None:
+    """With lambda1=lambda2=0 its pass is left out, and the student is the same to the bit as with it."""
+    from harness import TINY, outcome
+
+    from kdcli.engine.step import StudentStep
+    from kdcli.methods.base import Method
+
+    words = ["distill", "--method", "vsd", "--teacher", "resnet14", "--student", "resnet8", *TINY, "--max-steps", "3"]
+    words += ["--set", "method.lambda1=0", "--set", "method.lambda2=0"]
+    taught: list[bool] = []
+    forward = StudentStep.forward
+
+    def watched(self, *args):
+        taught.append(self._teacher[0] is not None)
+        return forward(self, *args)
+
+    monkeypatch.setattr(StudentStep, "forward", watched)
+    without = kd(*words, "--out", "without", "--json")
+    assert without.code == 0, without.err
+    assert without.json["teacher"]["arch"] == "resnet14"
+    with monkeypatch.context() as patch:
+        patch.setattr(VSD, "reads_teacher", Method.reads_teacher)
+        assert kd(*words, "--out", "with").code == 0
+    assert taught == [False] * 3 + [True] * 3
+    assert outcome(tmp_path / "without") == outcome(tmp_path / "with")
+    preview = kd(*words, "--dry-run", "--json").json
+    assert preview["views"] == {"student": 4}
