@@ -67,8 +67,11 @@ def _words(path: str, value: Any, *, flag: bool) -> list[str]:
     """
     section, _, leaf = path.rpartition(".")
     name = leaf.replace("_", "-")
-    if not flag or section not in ("", "data", "train", "system") or value is None or isinstance(value, list | dict):
+    if not flag or section not in ("", "data", "train", "system") or value in (None, []) or isinstance(value, dict):
         return ["--set", _assignment(path, value)]
+    if isinstance(value, list):
+        words = [str(item) for item in value]
+        return ["--set", _assignment(path, value)] if "," in "".join(words) else [f"--{name}", ",".join(words)]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", str(value)]

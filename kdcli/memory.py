@@ -113,6 +113,7 @@ class Training:
         images: in a batch of this process.
         evaluated: images in a batch of an evaluation.
         ranks: processes that train together.
+        kept: bytes of tensors that live through the training and are not there yet.
     """
 
     step: Step
@@ -123,6 +124,7 @@ class Training:
     images: int
     evaluated: int
     ranks: int = 1
+    kept: int = 0
 
     def peak(self) -> int:
         """Bytes alive at the peak, beyond what lives before the first step: networks, data and the method's own state.
@@ -151,10 +153,10 @@ class Training:
         self.device.synchronize()
 
     def beside(self) -> int:
-        """Bytes that live through the training beside the step: averaged weights, and buckets of gradients for ranks."""
+        """Bytes that live through the training beside the step: averaged weights, buckets for ranks, what is kept."""
         averaged = sum(t.nbytes for t in self.step.trained.state_dict().values()) if self.recipe.ema is not None else 0
         buckets = sum(p.nbytes for p in self._trainable()) if self.ranks > 1 else 0
-        return averaged + buckets
+        return averaged + buckets + self.kept
 
     def _counted(self, work: Callable[[Step, int], None], images: int, *, fake: bool = True) -> int:
         """Bytes alive at the peak of `work` on a copy of the step, beyond that copy."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from typing import Any
 
-import torch
 from torch import nn
 
 from kdcli import memory, methods, output, teachers
 from kdcli.building import (
     evaluation_loaders,
+    in_steps,
     load_data,
     make_loader,
     make_method,
@@ -26,15 +25,12 @@ from kdcli.engine.device import Device, guarded, open_device
 from kdcli.engine.step import Step, StudentStep, TeacherStep, deploy
 from kdcli.inference import Use
 from kdcli.memory import Training
-from kdcli.methods.base import Progress
-from kdcli.models.folding import folded
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, stage_shapes
 from kdcli.models.panel import Panel
 from kdcli.networks import compare_classes, load_network
+from kdcli.pace import FEW, noise, seconds_per_step, start
 from kdcli.specs import RunSpec
-
-_FEW = 4  # images in the smallest step that is timed
 
 
 def preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
@@ -79,8 +75,7 @@ def _preview(spec: RunSpec) -> tuple[dict[str, Any], str]:
         networks["student"] = _network(student, dataset.image_size)
         use = Use(**method.inference(values, "student"))
         objective = make_method(spec, dataset, student, teacher)
-        if teacher is not None and not objective.needs_batchnorm():
-            teacher = folded(teacher)
+        teacher = in_steps(objective, teacher)
         step = StudentStep(objective, student, teacher, use, device)
     trainings.append(_training(spec, step, use, dataset, loaders, device))
     cost = {"memory_mib": round(memory.estimate(trainings))}
@@ -195,20 +190,15 @@ def _network(network: Network | Headed | Panel, size: int) -> dict[str, Any]:
 
 def _batch(spec: RunSpec, count: int, dataset: DataSet, device: Device) -> Batch:
     method, values = methods.settings(spec)
-    size = dataset.image_size
-    index = torch.arange(count, device=device.torch) % len(dataset.train)
-    images = torch.randn(count, 3, size, size, device=device.torch).to(memory_format=torch.channels_last)
-    extra = tuple(images.flip(3) for _ in method.augmentations(values))
-    return Batch(images, index % len(dataset.classes), index, 1.0, extra)
+    return noise(count, dataset, device, extra=len(method.augmentations(values)))
 
 
 def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet, device: Device) -> dict[str, Any]:
-    """Views and seconds a step, measured on steps of a few images and carried over to the batch."""
+    """Views and seconds a step."""
     size = spec.train.batch_size
-    progress = Progress(torch.ones((), device=device.torch), torch.zeros((), device=device.torch), False)
     device.place(step).train()
     cost: dict[str, Any] = {}
-    few = _batch(spec, min(_FEW, size), dataset, device)
+    few, progress = _batch(spec, min(FEW, size), dataset, device), start(device)
     if teacher is not None:
         device.place(teacher)
         cost["teacher_views"] = len(step.method.teacher_views(few, progress)) // len(few.labels)
@@ -216,25 +206,8 @@ def _cost(spec: RunSpec, step: Any, teacher: nn.Module | None, dataset: DataSet,
             teacher.eval()
     if isinstance(step, StudentStep):
         cost["student_views"] = len(step.method.student_views(few, progress)) // len(few.labels)
-
-    def seconds(batch: Batch) -> float:
-        best = float("inf")
-        for _ in range(3):  # the first pays for allocation and the choice of kernels
-            started = time.monotonic()
-            step(batch, progress).total.backward()
-            device.synchronize()
-            best = min(best, time.monotonic() - started)
-        return best
-
-    at_few = seconds(few)
-    more = min(4 * _FEW, size)
-    if at_few < 1 and more > len(few.labels):  # a step has fixed costs: two sizes tell them from those of an image
-        at_more = seconds(_batch(spec, more, dataset, device))
-        per_image = max(0.0, at_more - at_few) / (more - len(few.labels))
-        estimate = at_more + per_image * (size - more)
-    else:
-        estimate = at_few * size / len(few.labels)
-    cost["seconds_per_step"] = round(estimate, 4)
+    seconds = seconds_per_step(step, size, lambda count: _batch(spec, count, dataset, device), device)
+    cost["seconds_per_step"] = round(seconds, 4)
     return cost
 
 

@@ -53,6 +53,14 @@ USAGE = {
     "averaged weights, cached": ([*CACHED, "--ema", "0.9"], ["--ema", "cached", "--no-cached"]),
     "clipping, cached": ([*CACHED, "--clip-grad", "1"], ["--clip-grad", "cached"]),
     "parts, cached": ([*CACHED, "--accumulate", "2"], ["--accumulate", "cached"]),
+    "augmentation, cached": ([*CACHED, "--rand-augment", "rand-m9"], ["--rand-augment", "cached", "--no-cached"]),
+    "mixing, cached": ([*CACHED, "--mixup", "0.2", "--dry-run"], ["--mixup", "cached", "--no-cached"]),
+    "following, cached": ([*CACHED, "--tensorboard"], ["--tensorboard", "cached"]),
+    "assistants of a teacher": (
+        ["pretrain-teacher", "--teacher", "resnet8", "--assistant", "resnet8"],
+        ["--assistant"],
+    ),
+    "assistants of a probe": ([*CACHED, "--assistant", "resnet8"], ["--assistant"]),
     "adapted BatchNorm, cached": ([*CACHED, "--batchnorm", "train"], ["--batchnorm", "cached"]),
     "parts of one pixel": (
         [*SMALL, "--batch-size", "8", "--accumulate", "8"],

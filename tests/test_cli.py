@@ -173,13 +173,14 @@ def test_a_preset_from_stdin(text, kd, monkeypatch):
     assert spec_of(kd, *words, "--preset", "-")["train"]["epochs"] == 7
 
 
-def test_stdin_is_read_once_and_holds_for_the_whole_command(kd, monkeypatch):
+def test_stdin_is_read_once_and_holds_for_the_whole_command(kd, teachers, monkeypatch):
     """A probe on two data sets looks at its presets twice."""
     monkeypatch.setattr("sys.stdin", io.StringIO("[train]\nepochs = 7\n"))
-    words = ["linear-probe", "x", "--dataset", "digits", "--dataset", "synthetic", "--preset", "-"]
-    assert [spec["train"]["epochs"] for spec in kd(*words, "--dry-run", "--json").json["specs"]] == [7, 7]
-    monkeypatch.setattr("sys.stdin", io.StringIO("[train]\nepochs = 8\n"))
-    assert [spec["train"]["epochs"] for spec in kd(*words, "--dry-run", "--json").json["specs"]] == [8, 8]
+    words = ["linear-probe", teachers / "kd", "--dataset", "digits", "--dataset", "synthetic", "--preset", "-"]
+    for epochs in (7, 8):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"[train]\nepochs = {epochs}\n"))
+        probes = kd(*words, "--dry-run", "--json").json["probes"]
+        assert [probe["spec"]["train"]["epochs"] for probe in probes] == [epochs, epochs]
 
 
 def test_what_stdin_held_is_handed_on_to_ranks(kd, monkeypatch, tmp_path):

@@ -281,11 +281,12 @@ def test_an_unfinished_probe_goes_on_with_its_own_encoder_alone(kd, die_at, teac
 
 def test_a_run_that_starts_over_is_recorded_as_what_it_then_is(kd, teachers, tmp_path, monkeypatch):
     """A cached probe keeps no state, so it may start over with another encoder; its spec is then that one's."""
-    from kdcli import probe, runs
+    from kdcli import runs
+    from kdcli.probe import cached
 
     words = [*PROBE, "--cached", "--epochs", "1", "--out", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "_score", lambda *_: (_ for _ in ()).throw(Died))
+        patch.setattr(cached, "_score", lambda *_: (_ for _ in ()).throw(Died))
         patch.setattr(runs, "_withdraw", lambda directory: None)  # it was killed, and could not clear up
         with pytest.raises(Died):
             kd("linear-probe", teachers / "kd", *words)

@@ -521,6 +521,16 @@ def test_the_command_that_makes_the_teacher_makes_it(flags: dict[str, Any], sets
     assert made.system.runs_dir == wanted.system.runs_dir
 
 
+def test_lists_are_said_as_flags() -> None:
+    """Assistants and milestones as one would type them; a path with a comma in it needs the other way."""
+    spec = resolved("distill", method="takd", teacher="resnet20", student="resnet8", assistant=["resnet14"])
+    assert "--assistant resnet14" in command_line("distill", spec)
+    several = resolved("distill", method="none", student="resnet8", milestones=[0.5, 0.75])
+    assert "--milestones 0.5,0.75" in command_line("distill", several)
+    strange = spec.model_copy(update={"assistant": ("a,b.safetensors",)})
+    assert "--set 'assistant=[\"a,b.safetensors\"]'" in command_line("distill", strange)
+
+
 @pytest.mark.parametrize("name", ["distill", "fewshot"])
 def test_a_baseline_is_asked_for_as_the_command_can(name: str) -> None:
     """`fewshot` has no flag for it, and takes it by `--set`."""

@@ -14,9 +14,10 @@ from kdcli.request import Request, parse_seeds, with_flags
 from kdcli.specs import RunSpec, field_paths
 
 _PROBE = [leaf for leaf, path in field_paths().items() if path.startswith("probe.")]
-_STUDENT_ONLY = ["student", "student_taps", "teacher_lr", "teacher_pretrained", "ratio", "baseline"]
+_STUDENT_ONLY = ["student", "assistant", "student_taps", "teacher_lr", "teacher_pretrained", "ratio", "baseline"]
 _NETWORKS = [
-    *("method", "teacher", "student", "teacher_taps", "student_taps", "pretrained", "teacher_pretrained", "teacher_lr"),
+    *("method", "teacher", "assistant", "student", "teacher_taps", "student_taps"),
+    *("pretrained", "teacher_pretrained", "teacher_lr"),
 ]
 
 
@@ -143,10 +144,9 @@ def linear_probe(
         asked = {**request.flags, "encoder": network, "data.dataset": name}
         specs.append(presets.resolve("linear-probe", with_flags(request, asked)))
     if request.dry_run:
-        documents = [spec.model_dump(mode="json") for spec in specs]
-        return conclude(
-            output.envelope("linear-probe", specs=documents), output.document({"specs": documents}), request.json
-        )
+        from kdcli.probe import preview
+
+        return conclude(*preview(specs), request.json)
     from kdcli import jobs, report
 
     document = jobs.probes(specs, _story(request))
