@@ -18,7 +18,7 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     if "_KD_COMPLETE" in os.environ:  # a shell asks what could come next
-        from kdcli import completion
+        from kdcli.commands import completion
 
         sys.exit(completion.respond(run))
     arguments = list(sys.argv[1:] if argv is None else argv)

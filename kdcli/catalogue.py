@@ -95,7 +95,7 @@ def imported(
         image_size: side of the images in pixels; None: the data set's own, 32 without one.
         part: see `import_checkpoint`.
     """
-    from kdcli.importing import import_checkpoint
+    from kdcli.importing.conversion import import_checkpoint
 
     classes, normalization, name = None, None, None
     if dataset is not None:

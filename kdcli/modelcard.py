@@ -14,7 +14,7 @@ from kdcli import checkpoint, durable
 from kdcli.commandline import command_line
 from kdcli.data.names import public
 from kdcli.output import one_line
-from kdcli.runs import CARD
+from kdcli.runs.directory import CARD
 from kdcli.specs import RunSpec, SystemSpec, validate
 
 _SHOWN = 200  # class names; all of them are in the checkpoint

@@ -11,7 +11,7 @@ from kdcli import checkpoint, methods
 from kdcli.commandline import command_line
 from kdcli.errors import IncompatibleError, InputError, UsageError
 from kdcli.models.names import canonical
-from kdcli.runs import digest_of, directory_for, identity
+from kdcli.runs.identity import digest_of, directory_for, identity
 from kdcli.specs import RunSpec, TrainSpec
 
 if TYPE_CHECKING:

@@ -37,7 +37,8 @@ from kdcli.models.network import Network, macs, parameters_of
 from kdcli.models.panel import Panel
 from kdcli.networks import Loaded, compare_classes, describe, fingerprint, load_network, tensors_of
 from kdcli.output import Story, envelope
-from kdcli.runs import CARD, Run, environment, open_run
+from kdcli.runs.directory import CARD, Run, open_run
+from kdcli.runs.environment import environment
 from kdcli.specs import RunSpec
 
 

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from kdcli import checkpoint, durable
+from kdcli.checkpoint import file, layout, states
 from kdcli.errors import IncompatibleError, InputError, WriteError
 
 META = {"role": "student", "arch": {"name": "wrn16_1"}, "classes": ["cat", "château"], "metrics": {"top1": 76.5}}
@@ -44,7 +45,7 @@ def patched_header(path, change):
     text = json.loads(header["__metadata__"]["kd"])
     change(header, text)
     del header["__metadata__"]
-    return checkpoint._sealed_header(text, header) + content[8 + length :]
+    return layout.sealed_header(text, header) + content[8 + length :]
 
 
 def test_round_trip_of_every_type(tmp_path):
@@ -64,7 +65,7 @@ def test_round_trip_of_every_type(tmp_path):
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert loaded[name].shape == tensor.shape
-        assert checkpoint._raw(loaded[name]) == checkpoint._raw(tensor)
+        assert file._raw(loaded[name]) == file._raw(tensor)
     assert {k: metadata[k] for k in META} == META
     assert metadata["digest"] == digest == checkpoint.digest(path) == checkpoint.verify(path)["digest"]
     assert metadata == checkpoint.read_metadata(path)
@@ -280,7 +281,7 @@ def test_nothing_is_removed_before_the_new_state_verifies(tmp_path, monkeypatch)
     events = []
     real_verify, real_unlink, real_write = checkpoint.verify, os.unlink, durable.write_bytes
     monkeypatch.setattr(durable, "write_bytes", lambda *a: (events.append("write"), real_write(*a))[1])
-    monkeypatch.setattr(checkpoint, "verify", lambda p: (events.append("verify"), real_verify(p))[1])
+    monkeypatch.setattr(states, "verify", lambda p: (events.append("verify"), real_verify(p))[1])
     monkeypatch.setattr(os, "unlink", lambda p: (events.append("remove"), real_unlink(p))[1])
     checkpoint.save_state(tmp_path, 3, state(3), {})
     assert events == ["write", "verify", "remove"]

@@ -7,14 +7,14 @@ from pathlib import Path
 import typer
 
 from kdcli.cli import app
-from kdcli.report import cli_page
+from kdcli.pages import cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    """Made anew it is the same: `python -m kdcli.report.cli_page > docs/cli.md`."""
-    assert PAGE.read_text("utf-8") == cli_page.text()
+    """Made anew it is the same: `python -m kdcli.pages.cli > docs/cli.md`."""
+    assert PAGE.read_text("utf-8") == cli.text()
 
 
 def test_every_command_and_flag_is_on_it() -> None:
@@ -30,7 +30,7 @@ def test_every_command_and_flag_is_on_it() -> None:
 
 def test_options_say_what_may_stand_behind_them() -> None:
     """Choices, numbers, lists."""
-    section = cli_page.text().split("\n## kd distill\n")[1].split("\n## ")[0]
+    section = cli.text().split("\n## kd distill\n")[1].split("\n## ")[0]
     assert "| `--precision` `fp32`, `bf16` |" in section
     assert "| `--lr` a number |" in section
     assert "| `--compile`, `--no-compile` |" in section

@@ -17,8 +17,9 @@ from unittest import mock
 import pytest
 from harness import ROOT, environment
 
-from kdcli import completion, methods, presets
+from kdcli import methods, presets
 from kdcli.__main__ import run
+from kdcli.commands import completion
 from kdcli.data import names as data_names
 from kdcli.models import names
 

@@ -256,7 +256,8 @@ def test_make_dir(tmp_path):
 
 
 def test_modules_that_must_start_fast_do_not_import_torch():
-    script = "import sys, kdcli.durable, kdcli.checkpoint, kdcli.runlock, kdcli.importing, kdcli.importing_child\n"
+    script = "import sys, kdcli.durable, kdcli.checkpoint, kdcli.runs.lock\n"
+    script += "import kdcli.importing.conversion, kdcli.importing.child\n"
     script += "sys.exit(','.join({'torch', 'numpy', 'safetensors'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from kdcli import checkpoint, importing, importing_child
+from kdcli import checkpoint
 from kdcli.errors import IncompatibleError, InputError, NotFiniteError, UsageError, WriteError
+from kdcli.importing import child, conversion
 from kdcli.models import build
 from kdcli.models.heads import build_heads
 
@@ -39,11 +40,9 @@ def inline(monkeypatch):
     """Read files in this process: half a second instead of three, for tests that are not about the child."""
 
     def read(source, size):
-        return {
-            k: v.detach().clone() for k, v in importing_child.weights(importing_child.read(str(source), size)).items()
-        }
+        return {k: v.detach().clone() for k, v in child.weights(child.read(str(source), size)).items()}
 
-    monkeypatch.setattr(importing, "read_foreign", read)
+    monkeypatch.setattr(conversion, "read_foreign", read)
 
 
 def prefixed(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -52,7 +51,7 @@ def prefixed(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def bring_in(tmp_path: Path, content: object, name: str = "x.pth", **options):
     torch.save(content, tmp_path / name)
-    return importing.import_checkpoint(tmp_path / name, out=tmp_path / "out.safetensors", arch=ARCH, **options)
+    return conversion.import_checkpoint(tmp_path / name, out=tmp_path / "out.safetensors", arch=ARCH, **options)
 
 
 def assert_same(tmp_path: Path, module: torch.nn.Module) -> dict:
@@ -104,7 +103,7 @@ def test_old_file_format_and_safetensors(tmp_path, network, inline):
     torch.save({"model": network.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(network.state_dict(), tmp_path / "new.bin")
     for name in ("old.pth", "new.bin"):
-        importing.import_checkpoint(tmp_path / name, out=tmp_path / "out.safetensors", arch="ResNet-8")
+        conversion.import_checkpoint(tmp_path / name, out=tmp_path / "out.safetensors", arch="ResNet-8")
         assert_same(tmp_path, network)
 
 
@@ -210,10 +209,10 @@ def test_what_does_not_fit(tmp_path, network, inline):
     with pytest.raises(NotFiniteError, match=r"bn1\.running_var"):
         bring_in(tmp_path, good | {"bn1.running_var": torch.full((16,), float("inf"))})
     with pytest.raises(UsageError, match="resnet9"):
-        importing.import_checkpoint(tmp_path / "x.pth", arch="resnet9", out=tmp_path / "out.safetensors")
+        conversion.import_checkpoint(tmp_path / "x.pth", arch="resnet9", out=tmp_path / "out.safetensors")
     torch.save(good, tmp_path / "x.pth")
     with pytest.raises(WriteError):
-        importing.import_checkpoint(tmp_path / "x.pth", arch=ARCH, out=tmp_path)
+        conversion.import_checkpoint(tmp_path / "x.pth", arch=ARCH, out=tmp_path)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -222,7 +221,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     for name in ("missing", "fifo", "empty", ""):
         with pytest.raises(InputError):
-            importing.import_checkpoint(tmp_path / name, arch=ARCH, out=tmp_path / "out")
+            conversion.import_checkpoint(tmp_path / name, arch=ARCH, out=tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------------------- hostile files
@@ -327,7 +326,7 @@ def test_hostile_file_is_one_line_and_nothing_else(tmp_path, make):
     make(path, canary)
     start = time.monotonic()
     with pytest.raises(InputError, match=r"x\.pth") as caught:
-        importing.import_checkpoint(path, arch=ARCH, out=tmp_path / "out.safetensors")
+        conversion.import_checkpoint(path, arch=ARCH, out=tmp_path / "out.safetensors")
     assert caught.value.code == 3
     assert "\n" not in caught.value.line()
     assert time.monotonic() - start < 30
@@ -337,23 +336,23 @@ def test_hostile_file_is_one_line_and_nothing_else(tmp_path, make):
 @pytest.mark.parametrize("make", ALSO_HOSTILE, ids=lambda make: make.__name__)
 def test_reader_refuses(tmp_path, make):
     make(tmp_path / "x.pth", tmp_path / "canary")
-    with pytest.raises(importing_child.Refused):
-        importing_child.read(str(tmp_path / "x.pth"), (tmp_path / "x.pth").stat().st_size)
+    with pytest.raises(child.Refused):
+        child.read(str(tmp_path / "x.pth"), (tmp_path / "x.pth").stat().st_size)
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
 def test_harmless_files_without_named_tensors(tmp_path):
     for content in (torch.ones(3), [torch.ones(3)], {}, {"epoch": 3}, {1: torch.ones(2)}, {"model": {"x": 1}}, None):
         torch.save(content, tmp_path / "x.pth")
-        assert importing_child.weights(importing_child.read(str(tmp_path / "x.pth"), 10**4)) == {}
+        assert child.weights(child.read(str(tmp_path / "x.pth"), 10**4)) == {}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_messages_say_what_is_wrong(tmp_path):
     for make, text in [(hostile_zip, "system"), (torch_script, "TorchScript"), (legacy_tar, "tar"), (zip_bomb, "bomb")]:
         make(tmp_path / "x.pth", tmp_path / "canary")
-        with pytest.raises(importing_child.Refused, match=text):
-            importing_child.read(str(tmp_path / "x.pth"), (tmp_path / "x.pth").stat().st_size)
+        with pytest.raises(child.Refused, match=text):
+            child.read(str(tmp_path / "x.pth"), (tmp_path / "x.pth").stat().st_size)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,7 @@ def test_messages_say_what_is_wrong(tmp_path):
     ],
 )
 def test_limits_of_the_child(tmp_path, greed, ending):
-    script = f"import sys; from kdcli import importing_child as c; c.SPARE_SECONDS = 1; c.limit(1000)\n{greed}"
+    script = f"import sys; from kdcli.importing import child as c; c.SPARE_SECONDS = 1; c.limit(1000)\n{greed}"
     command = [sys.executable, "-c", script, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ending in done.stderr if ending else done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
@@ -375,10 +374,10 @@ def test_the_second_wall_holds(tmp_path):
     """Code that got past the reader could not start programs, connect, or write outside its directory."""
     script = f"""
 import os, socket, subprocess, sys
-from kdcli import importing_child
+from kdcli.importing import child
 inside, outside = {str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}
 os.mkdir(inside)
-importing_child.confine(inside)
+child.confine(inside)
 attempts = [
     lambda: os.system("touch " + outside),
     lambda: subprocess.run(["touch", outside]),
@@ -395,7 +394,7 @@ attempts = [
 for attempt in attempts:
     try:
         attempt()
-    except importing_child.Refused:
+    except child.Refused:
         print("refused")
 open(inside + "/fine", "w").close()
 """

@@ -12,12 +12,12 @@ import pytest
 import torch
 from harness import TINY, Kd, command, environment
 
-from kdcli import memory
 from kdcli.__main__ import run
 from kdcli.engine import device as device_
 from kdcli.engine import fit
 from kdcli.engine.device import begin_run, open_device
-from kdcli.memory import LiveBytes, Training, extrapolated
+from kdcli.preview import memory
+from kdcli.preview.memory import LiveBytes, Training, extrapolated
 from kdcli.specs import SystemSpec
 
 STUDENT = ["--student", "resnet8", *TINY]

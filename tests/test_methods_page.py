@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from kdcli import methods
-from kdcli.report import methods_page
+from kdcli.pages import methods as methods_page
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    """Made anew it is the same: `python -m kdcli.report.methods_page > docs/methods.md`."""
+    """Made anew it is the same: `python -m kdcli.pages.methods > docs/methods.md`."""
     assert PAGE.read_text("utf-8") == methods_page.text()
 
 

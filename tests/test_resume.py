@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from harness import JOB, PER_EPOCH, STEPS, TINY, Died, finish, outcome, snapshot, spawn, steps_saved, wait_for_step
 
-from kdcli import runlock
 from kdcli.errors import WriteError
+from kdcli.runs import lock as runlock
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8"]
 
@@ -281,13 +281,13 @@ def test_an_unfinished_probe_goes_on_with_its_own_encoder_alone(kd, die_at, teac
 
 def test_a_run_that_starts_over_is_recorded_as_what_it_then_is(kd, teachers, tmp_path, monkeypatch):
     """A cached probe keeps no state, so it may start over with another encoder; its spec is then that one's."""
-    from kdcli import runs
     from kdcli.probe import cached
+    from kdcli.runs import directory
 
     words = [*PROBE, "--cached", "--epochs", "1", "--out", "run"]
     with monkeypatch.context() as patch:
         patch.setattr(cached, "_score", lambda *_: (_ for _ in ()).throw(Died))
-        patch.setattr(runs, "_withdraw", lambda directory: None)  # it was killed, and could not clear up
+        patch.setattr(directory, "_withdraw", lambda _: None)  # it was killed, and could not clear up
         with pytest.raises(Died):
             kd("linear-probe", teachers / "kd", *words)
     assert kd("linear-probe", teachers / "vsd", *words).code == 0

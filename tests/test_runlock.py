@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from kdcli import runlock
 from kdcli.errors import BusyError, WriteError
+from kdcli.runs import lock as runlock
 
 HOLDER = """
 import sys, time
-from kdcli import runlock
+from kdcli.runs import lock as runlock
 with runlock.hold(sys.argv[1]):
     print("ready", flush=True)
     time.sleep(60)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import TINY, Died, finish, outcome, spawn, wait_for_step
 
-from kdcli import trackers
+from kdcli.engine import trackers
 
 RUN = ["distill", "--method", "none", "--student", "resnet8", *TINY, "--checkpoint-every", "3", "--out", "run"]
 

@@ -19,6 +19,7 @@ import torch
 from harness import ROOT, TINY, command, environment, snapshot
 
 from kdcli import checkpoint, presets
+from kdcli.checkpoint import layout
 from kdcli.verify.finite import finite
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
@@ -51,7 +52,7 @@ def newer(path: Path) -> Path:
     length = int.from_bytes(content[:8], "little")
     table = json.loads(content[8 : 8 + length])
     metadata = json.loads(table.pop("__metadata__")["kd"])
-    path.write_bytes(checkpoint._sealed_header({**metadata, "format": 2}, table) + content[8 + length :])
+    path.write_bytes(layout.sealed_header({**metadata, "format": 2}, table) + content[8 + length :])
     return path
 
 

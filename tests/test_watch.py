@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from harness import JOB, TINY, Died, environment, finish, outcome, spawn, wait_for_step
 
-from kdcli import durable, progress, runlock, watch
+from kdcli import durable
 from kdcli.engine import pulse
 from kdcli.errors import InputError
+from kdcli.runs import lock as runlock
+from kdcli.runs import progress, watch
 
 ALONE = ["distill", "--method", "none", "--student", "resnet8", *TINY]
 
@@ -233,7 +235,7 @@ def test_sparkline(values, width, drawn):
 
 def test_the_live_view(tmp_path, capsys):
     """All there is to say, drawn without a terminal too; hostile titles stay on their line."""
-    from kdcli.watch import Live, View
+    from kdcli.runs.watch import Live, View
 
     lines = [{"step": i, "epoch": i, "test": {"single": {"top1": 10.0 * i}}, "train": {"loss": 1.5}} for i in (1, 2, 3)]
     now = progress.Now(

@@ -23,7 +23,7 @@ from kdcli.engine.signals import StopFlag
 from kdcli.engine.step import StepOutput
 from kdcli.methods.base import Progress
 from kdcli.output import Story
-from kdcli.runs import Run
+from kdcli.runs.directory import Run
 from kdcli.specs import RunSpec
 
 _WARM = {False: 2, True: 12}  # steps, on the CPU and on a GPU, where a step is recorded after a few of its kind

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcli import completion, output
+from kdcli import output
+from kdcli.commands import completion
 from kdcli.commands.ending import conclude, leave
 from kdcli.commands.options import Json
 from kdcli.specs import RunSpec

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdcli import completion
+from kdcli.commands import completion
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr, only errors.")]

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from kdcli import completion, output
+from kdcli import output
+from kdcli.commands import completion
 from kdcli.commands.ending import conclude, leave
 from kdcli.commands.options import DataDir, Device, Json, Quiet, Threads, Workers
 
@@ -148,7 +149,7 @@ def watch(
     """
     import sys
 
-    from kdcli.watch import Lines, Live, state_line, watch
+    from kdcli.runs.watch import Lines, Live, state_line, watch
 
     if json_:
         return conclude(watch(run, once=once, interval=interval, show=lambda view: True), "", json_)

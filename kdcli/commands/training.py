@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from kdcli import completion, flags, output, presets
+from kdcli import output, presets
+from kdcli.commands import completion, flags
 from kdcli.commands.ending import conclude
 from kdcli.commands.options import AutoTeacher, Seeds
 from kdcli.request import Request, parse_seeds, with_flags
@@ -45,7 +46,7 @@ def _story(request: Request) -> output.Story:
 
 
 def _preview(spec: RunSpec, request: Request) -> None:
-    from kdcli.preview import preview
+    from kdcli.preview.distillation import preview
 
     document, text = preview(spec)
     conclude(document, text, request.json)

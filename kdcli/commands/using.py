@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcli import completion, output
+from kdcli import output
+from kdcli.commands import completion
 from kdcli.commands.ending import conclude, leave
 from kdcli.commands.options import Checkpoint, DataDir, Device, Json, Quiet, Threads, Workers
 from kdcli.errors import ThresholdError

@@ -13,7 +13,7 @@ from pathlib import Path
 from kdcli import durable
 from kdcli.doctor.finding import Finding, Level, size
 from kdcli.errors import BusyError, KdError
-from kdcli.runlock import hold
+from kdcli.runs.lock import hold
 
 LITTLE, TOO_LITTLE = 2 << 30, 64 << 20  # bytes free; a run of small networks keeps up to a few hundred MiB
 FEW, TOO_FEW = 1000, 20  # files that can still be made; a run has about a dozen

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdcli import checkpoint, durable, trackers
+from kdcli import checkpoint, durable
 from kdcli.data.loader import Batch, Loader
 from kdcli.data.randomness import mix
-from kdcli.engine import distributed, optim, state
+from kdcli.engine import distributed, optim, state, trackers
 from kdcli.engine.device import Device, guarded
 from kdcli.engine.evaluate import evaluate
 from kdcli.engine.pulse import Pulse
@@ -37,7 +37,7 @@ from kdcli.metadata import require_state
 from kdcli.methods.base import Progress
 from kdcli.models import winograd
 from kdcli.output import Story
-from kdcli.runs import Run
+from kdcli.runs.directory import Run
 from kdcli.specs import TrainSpec
 
 _SAVE_SECONDS = 30.0

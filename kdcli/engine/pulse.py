@@ -13,7 +13,7 @@ from kdcli.engine import distributed
 from kdcli.engine.device import Device
 from kdcli.engine.totals import FOLLOWED, Totals
 from kdcli.errors import WriteError
-from kdcli.progress import FILE, Best, Now
+from kdcli.runs.progress import FILE, Best, Now
 
 _EVERY = 2.0  # seconds between writes
 _REREAD = 1.0  # seconds between looks at the losses: on a GPU each look waits for the device

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from kdcli import memory, output
+from kdcli import output
 from kdcli.building import evaluation_batch, evaluation_loaders
 from kdcli.data.loader import Batch, Loader
 from kdcli.engine.device import Device, guarded, open_device
 from kdcli.inference import Use
 from kdcli.losses import cross_entropy
-from kdcli.memory import Training
 from kdcli.models.network import macs, parameters_of
-from kdcli.pace import noise, seconds_for, seconds_per_step
+from kdcli.preview import memory
+from kdcli.preview.memory import Training
+from kdcli.preview.pace import noise, seconds_for, seconds_per_step
 from kdcli.probe.layer import ProbeStep
 from kdcli.probe.parts import Parts, build
 from kdcli.specs import RunSpec

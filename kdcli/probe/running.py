@@ -17,7 +17,7 @@ from kdcli.probe import cached
 from kdcli.probe.layer import ProbeStep
 from kdcli.probe.measured import Measured
 from kdcli.probe.parts import Parts, build
-from kdcli.runs import Run, open_run
+from kdcli.runs.directory import Run, open_run
 from kdcli.specs import RunSpec
 from kdcli.training import open_recorded_device
 

@@ -147,7 +147,7 @@ def _planned(directory: str, planned: Any) -> Record:
 
 def _probe_directory(planned: Any) -> str:
     """Where a planned probe is, which depends on the weights it probes; empty while there are none."""
-    from kdcli.runs import digest_of, directory_for, identity
+    from kdcli.runs.identity import digest_of, directory_for, identity
 
     spec = planned.spec
     try:

@@ -17,7 +17,7 @@ from kdcli import checkpoint, durable
 from kdcli.errors import InputError, KdError
 from kdcli.metadata import require_summary
 from kdcli.models.names import canonical
-from kdcli.runs import flat
+from kdcli.runs.identity import flat
 from kdcli.specs import RunSpec, validate
 from kdcli.sweep.file import Number
 

@@ -6,6 +6,7 @@ Called with the sweep's process number and the words of the command. Torch-free 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -22,9 +23,7 @@ def main() -> None:
     threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
     sys.argv[1:] = words  # the run records them
 
-    from kdcli.__main__ import main as kd
-
-    kd(words)
+    runpy.run_module("kdcli", run_name="__main__")
 
 
 def _watch(parent: int) -> None:

@@ -20,7 +20,7 @@ from kdcli import presets
 from kdcli.data.names import canonical as canonical_dataset
 from kdcli.errors import UsageError, nearest
 from kdcli.models.names import canonical as canonical_model
-from kdcli.runs import flat
+from kdcli.runs.identity import flat
 from kdcli.specs import Section, field_paths, validate
 
 Pair = tuple[str, str]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kdcli import methods, presets, teachers
 from kdcli.errors import UsageError
 from kdcli.request import Request, parse_seeds
-from kdcli.runs import digest_of, directory_for, flat, identity
+from kdcli.runs.identity import digest_of, directory_for, flat, identity
 from kdcli.specs import RunSpec
 from kdcli.sweep import filters
 from kdcli.sweep.draft import Draft, drafts

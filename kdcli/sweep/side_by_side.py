@@ -24,7 +24,8 @@ from kdcli.commandline import command_line
 from kdcli.engine.signals import StopFlag, listening, stopped
 from kdcli.errors import BusyError, KdError, Stopped, WorkerError
 from kdcli.output import Story
-from kdcli.runs import digest_of, directory_for, identity, open_run
+from kdcli.runs.directory import open_run
+from kdcli.runs.identity import digest_of, directory_for, identity
 from kdcli.specs import RunSpec
 from kdcli.sweep.outcome import Outcome, done
 from kdcli.sweep.planned import Planned

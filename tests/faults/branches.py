@@ -71,7 +71,7 @@ class Branches:
 
     def _branch(self, blow: str, number: int, call: str, shown: str) -> bool:
         """Fork; true in the branch. The trunk waits, reports, and puts everything back."""
-        from kdcli import runlock
+        from kdcli.runs import lock as runlock
 
         root = Path(self.shim.root)
         open_files = _open_files(root)

@@ -8,7 +8,7 @@ import math
 import random
 from typing import Any
 
-from kdcli import checkpoint
+from kdcli.checkpoint import layout
 
 NASTY: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**53 + 1, 2**63, 2**64, -(10**30), 10**400, 0.5, -0.0, 1e-320, 1e308),
@@ -150,7 +150,7 @@ def forged(content: bytes, draw: random.Random) -> bytes:
 
 def resealed(metadata: dict[str, Any], table: dict[str, Any]) -> bytes:
     """A header with a seal that fits. Raises ValueError for what JSON cannot express."""
-    return checkpoint._sealed_header({key: value for key, value in metadata.items() if key != "seal"}, table)
+    return layout.sealed_header({key: value for key, value in metadata.items() if key != "seal"}, table)
 
 
 _TOML = (

@@ -12,7 +12,7 @@ import pytest
 from fuzzing import HARMLESS, Trial, campaign, shown, stock, trial
 from mutators import damaged, forged, json_text, tampered, twisted
 
-from kdcli import checkpoint
+from kdcli.checkpoint import layout
 
 REFUSED = (3, 4)
 LIMITS = ["--device", "cpu", "--threads", "1"]
@@ -107,6 +107,6 @@ def test_mutated_checkpoints(kind, tmp_path):
 
 def test_these_checks_have_teeth(monkeypatch, tmp_path):
     """A reader that looks neither at the digest nor at the seal takes what it should not, or falls over it."""
-    for name in ("_require_digest", "_require_seal"):
-        monkeypatch.setattr(checkpoint, name, lambda *_: None)
+    for name in ("require_digest", "require_seal"):
+        monkeypatch.setattr(layout, name, lambda *_: None)
     assert campaign("damage", 12, tmp_path, damage)

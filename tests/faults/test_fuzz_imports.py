@@ -31,25 +31,25 @@ IMPORT = ["import", "x.pth", "--arch", "resnet8", "--out", "out.safetensors"]
 
 def forked_reader() -> None:
     """Let `kd import` fork its reader instead of starting a Python: the same code with the same walls, in 0.1 s."""
-    from kdcli import importing, importing_child
+    from kdcli.importing import child, conversion
 
     def start(_command: list[str], *, input: str, cwd: str, **_: Any) -> Any:  # noqa: A002 - subprocess.run's word
         reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
+        pid = os.fork()
+        if not pid:
             os.dup2(writing, 1)
             os.chdir(cwd)
             sys.stdin, sys.stdout = io.StringIO(input), os.fdopen(1, "w", closefd=False)
-            importing_child.main()
+            child.main()
             sys.stdout.flush()
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             out = pipe.read().decode()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return types.SimpleNamespace(stdout=out, returncode=code)
 
-    importing.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
+    conversion.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
         run=start, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
 
@@ -265,10 +265,10 @@ def test_mutated_pth(tmp_path):
 
 def believing() -> None:
     """`kd import` with an ordinary `torch.load`, and without the wall behind it."""
-    from kdcli import importing_child
+    from kdcli.importing import child
 
-    importing_child.read = lambda source, size: torch.load(source, map_location="cpu", weights_only=False)
-    importing_child.confine = lambda directory: None
+    child.read = lambda source, size: torch.load(source, map_location="cpu", weights_only=False)
+    child.confine = lambda directory: None
 
 
 def test_these_checks_have_teeth(tmp_path):

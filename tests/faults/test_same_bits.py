@@ -15,7 +15,7 @@ from PIL import Image
 from test_kills import Fresh, Whole
 from warmed import Warm
 
-from kdcli.progress import FILE, read_now
+from kdcli.runs.progress import FILE, read_now
 
 CLOCKS = ("clock_an_hour_back", "clock_three_years_on", "clock_set_back", "clock_frozen", "clock_jumping")
 

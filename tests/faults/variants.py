@@ -210,7 +210,7 @@ def stopped_at_once() -> None:
 
 def spec_withdrawn_first() -> None:
     """What a run that did not begin has left is removed, the spec first."""
-    from kdcli import runs
+    from kdcli.runs import directory as runs
 
     def withdraw(directory: Path) -> None:
         for name in ("spec.json", "env.json", "metrics.jsonl", ".lock"):
@@ -237,21 +237,21 @@ def follows_links() -> None:
 
 def no_lock() -> None:
     """Nobody asks whether the directory is in use."""
-    from kdcli import runs
+    from kdcli.runs import directory
 
-    runs.hold = contextlib.nullcontext
+    directory.hold = contextlib.nullcontext
 
 
 def newest_by_date() -> None:
     """The newest state is the one with the latest date."""
-    from kdcli import checkpoint
+    from kdcli.checkpoint import states as kept
 
-    states = checkpoint._states
+    states = kept._states
 
     def by_date(directory: Path) -> dict[int, Path]:
         return dict(sorted(states(directory).items(), key=lambda item: item[1].stat().st_mtime, reverse=True))
 
-    checkpoint._states = by_date
+    kept._states = by_date
 
 
 def time_left_by_the_wall_clock() -> None:

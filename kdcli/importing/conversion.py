@@ -1,6 +1,6 @@
 """`kd import`: a checkpoint of another program (RepDistiller, mdistiller, DIST, SSKD, HSAKD, ReviewKD) to one of kd.
 
-The foreign file is opened by `importing_child` in a process of its own, with limits; nothing in it is ever executed.
+The foreign file is opened by `child` in a process of its own, with limits; nothing in it is ever executed.
 Here its tensors are fitted to the network: by name both ways, by shape, and finite. A tensor that has no place, or a
 place that has no tensor, is an error, because a teacher loaded in part still trains students, only badly.
 """
@@ -128,7 +128,7 @@ def read_foreign(source: Path, size: int) -> dict[str, torch.Tensor]:
         InputError: there are none, or reading them was refused, failed, crashed or took too long.
     """
     hint = "only files of named tensors can be imported"
-    package = os.fspath(Path(__file__).resolve().parent.parent)
+    package = os.fspath(Path(__file__).resolve().parents[2])
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="kd-import-") as private:
@@ -136,7 +136,7 @@ def read_foreign(source: Path, size: int) -> dict[str, torch.Tensor]:
         request = {"source": os.path.abspath(source), "out": out, "size": size}
         try:
             child = subprocess.run(
-                [sys.executable, "-B", "-P", "-m", "kdcli.importing_child"],
+                [sys.executable, "-B", "-P", "-m", "kdcli.importing.child"],
                 input=json.dumps(request),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""docs/methods.md, made from what the methods say about themselves: `python -m kdcli.report.methods_page > docs/methods.md`.
+"""docs/methods.md, made from what the methods say about themselves: `python -m kdcli.pages.methods > docs/methods.md`.
 
 A method's module docstring begins with `NAME: a phrase.`, goes on with free paragraphs, and ends with labelled lines
 (`Equation:`, `Source:` …) whose continuation lines are indented. Its settings come from its Spec, the published numbers
@@ -23,7 +23,7 @@ _SHARED = tuple(name for name in MethodSpec.model_fields if name != "name")
 
 _HEAD = """# Methods
 
-Made by `python -m kdcli.report.methods_page` from the methods' own docstrings; do not edit.
+Made by `python -m kdcli.pages.methods` from the methods' own docstrings; do not edit.
 
 B images a batch, K classes, `s` and `t` the logits of student and teacher, T a temperature, CE the cross-entropy (a mean
 over rows), KL(p ‖ q) summed over the classes. Teachers are frozen and get no gradient; they are in evaluation mode unless

@@ -1,4 +1,4 @@
-"""docs/cli.md, made from what the commands say about themselves: `python -m kdcli.report.cli_page > docs/cli.md`."""
+"""docs/cli.md, made from what the commands say about themselves: `python -m kdcli.pages.cli > docs/cli.md`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdcli.cli import app
 
 _HEAD = """# Commands
 
-Made by `python -m kdcli.report.cli_page` from the commands themselves; do not edit.
+Made by `python -m kdcli.pages.cli` from the commands themselves; do not edit.
 
 What holds for all of them (JSON, exit codes, the order of settings, sweeps, benchmarks, several processes) is in
 [guide.md](guide.md), every setting of every method in [methods.md](methods.md). `kd COMMAND --help` prints what

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from kdcli import completion
+from kdcli.commands import completion
 from kdcli.request import Request, parse_tuple
 from kdcli.specs import bare, field_at, field_paths
 

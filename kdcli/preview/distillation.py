@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kdcli import memory, methods, output, teachers
+from kdcli import methods, output, teachers
 from kdcli.building import (
     evaluation_loaders,
     in_steps,
@@ -24,12 +24,13 @@ from kdcli.data.loader import Batch, Loader
 from kdcli.engine.device import Device, guarded, open_device
 from kdcli.engine.step import Step, StudentStep, TeacherStep, deploy
 from kdcli.inference import Use
-from kdcli.memory import Training
 from kdcli.models.heads import Headed
 from kdcli.models.network import Network, macs, macs_with_heads, parameters_of, stage_shapes
 from kdcli.models.panel import Panel
 from kdcli.networks import compare_classes, load_network
-from kdcli.pace import FEW, noise, seconds_per_step, start
+from kdcli.preview import memory
+from kdcli.preview.memory import Training
+from kdcli.preview.pace import FEW, noise, seconds_per_step, start
 from kdcli.specs import RunSpec
 
 

@@ -16,8 +16,9 @@ from urllib.parse import urlparse
 
 from kdcli.engine import distributed
 from kdcli.output import Story
-from kdcli.progress import read_log
-from kdcli.runs import Run, flat
+from kdcli.runs.directory import Run
+from kdcli.runs.identity import flat
+from kdcli.runs.progress import read_log
 
 Line = dict[str, Any]
 

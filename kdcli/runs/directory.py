@@ -1,29 +1,24 @@
-"""A run's directory: its name, its lock, what is in it, and whether it is new, unfinished or finished."""
+"""A run's directory: what is in it, and whether it is new, unfinished or finished."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import platform
-import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from kdcli import durable
-from kdcli.errors import IncompatibleError, InputError, UsageError, WriteError
+from kdcli.errors import IncompatibleError, WriteError
 from kdcli.metadata import require_summary
-from kdcli.runlock import hold
+from kdcli.runs.drift import refuse_drift
+from kdcli.runs.identity import digest_of, directory_for, identity
+from kdcli.runs.lock import hold
 from kdcli.specs import RunSpec
 
 CARD = "MODEL_CARD.md"
-_ANEW = "use another directory, or --overwrite to start anew"
 _OWN = ("spec.json", "env.json", "metrics.jsonl", "summary.json", "student.safetensors", "teacher.safetensors", CARD)
 
 
@@ -68,56 +63,6 @@ class Run:
         shutil.rmtree(self.state, ignore_errors=True)
 
 
-def identity(spec: RunSpec, contents: dict[str, str] | None = None) -> dict[str, Any]:
-    """The spec's identity; what is given as a file counts by its content and not by its path.
-
-    Args:
-        contents: content digests by the paths that name them in the spec (teacher, assistants, encoder, a method's file).
-    """
-    return _by_content(spec.identity(), contents or {})
-
-
-def _by_content(values: dict[str, Any], contents: dict[str, str]) -> dict[str, Any]:
-    def named(path: Any) -> Any:
-        return f"content:{contents[path]}" if path in contents else path
-
-    def of_method(settings: dict[str, Any]) -> dict[str, Any]:  # lskd names a method inside its own settings
-        nested = {key: of_method(value) for key, value in settings.items() if isinstance(value, dict)}
-        return {**settings, **nested, **({"name": named(settings["name"])} if "name" in settings else {})}
-
-    return {
-        **values,
-        "teacher": named(values["teacher"]),
-        "encoder": named(values["encoder"]),
-        "assistant": [named(path) for path in values["assistant"]],
-        "method": of_method(values["method"]),
-    }
-
-
-def digest_of(values: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a plain JSON value in canonical form."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def directory_for(spec: RunSpec, digest: str) -> Path:
-    """`--out`, or `RUNS/<dataset>/<method>-<teacher>-<student>-s<seed>-<digest>` (teachers: `teacher-…`)."""
-    if spec.system.out is not None:
-        return Path(spec.system.out)
-    parts = [spec.method["name"], spec.teacher, spec.student]
-    if spec.command == "pretrain-teacher":
-        parts = ["teacher", *parts]
-    labels = [_label(str(part)) for part in parts if part is not None]
-    name = "-".join([*labels, f"s{spec.seed}", digest[:8]])
-    return Path(spec.system.runs_dir) / _label(spec.data.dataset) / name
-
-
-def _label(text: str) -> str:
-    """A part of a directory name: the last part of a path, without anything a shell or a file system minds."""
-    last = Path(text).stem if text.endswith((".safetensors", ".py")) else Path(text.rstrip("/")).name
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", last).strip("._")[:48] or "x"
-
-
 @contextlib.contextmanager
 def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly: bool = False) -> Iterator[Run]:
     """Open the spec's run directory, alone, and find out how far it is.
@@ -139,7 +84,7 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
         return
     durable.make_dir(directory)
     if not spec.system.overwrite and _status(directory) == "finished" and not _writable(directory):
-        _refuse_drift(directory, spec, mine)
+        refuse_drift(directory, spec, mine)
         # Nobody writes here, so there is nothing to lock.
         yield Run(directory, "finished", digest, spec, writable=False)
         return
@@ -169,7 +114,7 @@ def open_run(spec: RunSpec, contents: dict[str, str] | None = None, *, readonly:
                 )
             _write_spec(directory, spec)
         else:
-            _refuse_drift(directory, spec, mine)
+            refuse_drift(directory, spec, mine)
             if status == "unfinished" and not (directory / "state").exists():  # it starts over, with what is named now
                 _write_spec(directory, spec)
         if status == "finished":
@@ -226,83 +171,3 @@ def _withdraw(directory: Path) -> None:
             return
     with contextlib.suppress(OSError):
         directory.rmdir()
-
-
-def _refuse_drift(directory: Path, spec: RunSpec, mine: dict[str, Any]) -> None:
-    """Refuse a directory that holds a run with another identity than `mine`.
-
-    Raises:
-        IncompatibleError: with every differing field. InputError: its spec or summary is damaged.
-    """
-    from kdcli.specs import validate
-
-    file = directory / "spec.json"
-    try:
-        stored = validate(RunSpec, durable.read_json(file))
-    except UsageError as problem:
-        raise InputError(f"{file} is not the spec of a run: {problem.line()}", hint="name another directory") from None
-    old, new = flat(stored.identity()), flat(mine)
-    lone = {*old} ^ {*new}  # a setting that counts at some of its values only is told all the same
-    for given, values in ((stored, old), (spec, new)):
-        everything = flat(given.model_dump(mode="json"))
-        values |= {key: everything.get(key) for key in lone - {*values}}
-    by_content = [key for key, value in new.items() if "content:" in str(value) and key in old]
-    old |= {key: new[key] for key in by_content}  # by another path, perhaps: the content is what counts
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in differing[:6])
-        raise IncompatibleError(
-            f"{directory} holds a run with another spec: {shown}",
-            field="--out",
-            hint=_ANEW,
-        )
-    if by_content and _status(directory) == "finished":  # of an unfinished run, the resume state tells
-        _refuse_other_content(directory, mine, by_content)
-
-
-def _refuse_other_content(directory: Path, mine: dict[str, Any], named: list[str]) -> None:
-    """Refuse a finished run that was made of other files than those `mine` names by content.
-
-    Args:
-        named: dotted names of the settings that name a file, for the message.
-    """
-    path = directory / "summary.json"
-    summary = require_summary(durable.read_json(path), path)
-    if "spec_digest" in summary:
-        same = summary["spec_digest"] == digest_of(mine)
-    else:  # a probe of an earlier kd
-        encoder = summary.get("encoder")
-        same = isinstance(encoder, dict) and mine["encoder"] == f"content:{encoder.get('digest')}"
-    if not same:
-        raise IncompatibleError(
-            f"{directory} holds a run with another spec: it was made with another {' or '.join(named)}",
-            field="--out",
-            hint=_ANEW,
-        )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted path."""
-    paths: dict[str, Any] = {}
-    for key, value in values.items():
-        paths |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return paths
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value)[:40]
-
-
-def environment(spec: RunSpec) -> dict[str, Any]:
-    """Versions and platform, recorded beside the spec: what is needed to know whether two runs are comparable."""
-    versions = {}
-    for package in ("kdcli", "torch", "torchvision", "timm", "safetensors", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "argv": sys.argv[1:],
-        "seed": spec.seed,
-    }

@@ -17,8 +17,8 @@ from kdcli import durable
 from kdcli.errors import InputError, Stopped
 from kdcli.metadata import require_summary
 from kdcli.output import envelope, one_line
-from kdcli.progress import FILE, Now, read_log, read_now
-from kdcli.runlock import is_held
+from kdcli.runs.lock import is_held
+from kdcli.runs.progress import FILE, Now, read_log, read_now
 
 _SILENT = 10.0  # seconds without any change after which it is asked whether anybody works there
 _BARS = "▁▂▃▄▅▆▇█"
