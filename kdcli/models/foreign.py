@@ -169,6 +169,8 @@ def torchvision_net(name: str, image_size: int, pretrained: bool, outputs: int) 
         if pretrained and image_size != native_size(f"torchvision:{name}"):
             raise _one_size_only(f"torchvision:{name}")
         options["image_size"] = image_size
+    if name in _OTHERWISE_PRETRAINED:
+        options["init_weights"] = True  # what it does unasked, with a warning
     if not pretrained:
         with _CountingOnCpu() if name.startswith("regnet_") else nullcontext():
             return torchvision.models.get_model(name, weights=None, num_classes=outputs, **options)

@@ -236,6 +236,22 @@ def test_pretrained_networks_that_could_not_be_loaded_again_are_refused(name: st
         build(f"torchvision:{name}", 10, 299, pretrained=True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_library_says_nothing_while_it_builds() -> None:
+    """torchvision warns of GoogLeNet's initial weights unless they are asked for; they are those it takes unasked."""
+    import torchvision
+
+    torch.manual_seed(3)
+    network = build("torchvision:googlenet", 10, 64)
+    torch.manual_seed(3)
+    with pytest.warns(FutureWarning):
+        plain = torchvision.models.get_model("googlenet", weights=None, num_classes=10)
+    own = {tuple(p.shape): p for p in network.parameters()}
+    theirs = {tuple(p.shape): p for p in plain.parameters()}
+    assert own.keys() <= theirs.keys()
+    assert torch.equal(own[64, 3, 7, 7], theirs[64, 3, 7, 7])
+
+
 def test_a_regnet_can_be_laid_out_without_memory() -> None:
     """As every checkpoint is before its tensors are compared."""
     with torch.device("meta"):
