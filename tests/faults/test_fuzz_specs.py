@@ -11,7 +11,7 @@ import pytest
 from fuzzing import HARMLESS, Trial, campaign, shown, stock, trial
 from mutators import NASTY, json_text, toml_text, twisted
 
-from kdcli import specs
+from kdcli.specs import checking
 
 REFUSED = (2, 3, 4)
 SMALL = ["--image-size", "8", "--batch-size", "4", "--device", "cpu", "--threads", "1", "--dry-run"]
@@ -145,5 +145,5 @@ def test_these_checks_have_teeth(monkeypatch, tmp_path):
     def as_it_is(model, problem, prefix=""):
         raise problem
 
-    monkeypatch.setattr(specs, "explain", as_it_is)
+    monkeypatch.setattr(checking, "explain", as_it_is)
     assert campaign("a_spec", 12, tmp_path, a_spec)
